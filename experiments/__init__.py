@@ -1,0 +1,1 @@
+"""Studies that measure what fedsim claims; run from a checkout."""

@@ -1,0 +1,66 @@
+"""Simulated time: how long devices compute and links carry, from FLOPs and bytes. Never a sleep, never a wall clock."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def forward_flops(model: nn.Module, example: Tensor) -> int:
+    """FLOPs of one example's forward pass (a multiply-add counts two); ``example`` is a batch of one, (1, ...)."""
+    if len(example) != 1:
+        raise ValueError(f"example must be a batch of one, got {len(example)} examples")
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(example)
+    finally:
+        model.train(was_training)
+    return int(counter.get_total_flops())
+
+
+def step_flops(forward: int, batch_size: int) -> int:
+    """FLOPs of one local step: the backward pass costs two forward passes."""
+    return 3 * forward * batch_size
+
+
+def round_seconds(points: Sequence[Sequence[int]], step_seconds: ArrayLike, up_seconds: ArrayLike, down_seconds: ArrayLike) -> float:
+    """Duration of a round in which client i uploads after the local steps ``points[i]``; an empty list sits out.
+
+    Every client downloads, computes up to its next point and uploads; a merge waits for the last of the clients due
+    there, who then download its result. The result of the round's last point travels with the next round's start.
+    Seconds per step, upload and download are (n,).
+
+    >>> round_seconds([(1, 2), (2,)], [1.0, 3.0], [0.5, 0.5], [0.25, 0.25])
+    6.75
+    """
+    step, up, down = (np.asarray(v, np.float64) for v in (step_seconds, up_seconds, down_seconds))
+    ready, at = down.copy(), np.zeros(len(points), np.int64)
+    merged = 0.0
+    for point, due in by_point(points):
+        merged = float((ready[due] + (point - at[due]) * step[due] + up[due]).max())
+        ready[due], at[due] = merged + down[due], point
+    return merged
+
+
+def busy_seconds(
+    points: Sequence[Sequence[int]], step_seconds: ArrayLike, up_seconds: ArrayLike, down_seconds: ArrayLike
+) -> NDArray[np.float64]:
+    """Seconds (n,) each client itself computes, uploads and downloads in the round, waiting left out."""
+    step, up, down = (np.asarray(v, np.float64) for v in (step_seconds, up_seconds, down_seconds))
+    uploads = np.array([len(p) for p in points], np.float64)
+    steps = np.array([p[-1] if p else 0 for p in points], np.float64)
+    return steps * step + uploads * (up + down)
+
+
+def by_point(points: Sequence[Sequence[int]]) -> list[tuple[int, NDArray[np.int64]]]:
+    """The round's synchronisation points in order, each with the positions (ascending) of the clients due there."""
+    due: dict[int, list[int]] = {}
+    for position, own in enumerate(points):
+        for point in own:
+            due.setdefault(point, []).append(position)
+    return [(point, np.array(due[point], np.int64)) for point in sorted(due)]

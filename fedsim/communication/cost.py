@@ -1,0 +1,42 @@
+"""What crosses the wire, in bytes. A client that uploads u times sends u payloads and receives u: one at the round's start and one
+after each upload but the last, whose result travels with the next round's start."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """Bytes of one transfer by what they carry: parameters, float buffers, control variates, and scalars such as a sample count."""
+
+    parameters: int
+    buffers: int = 0
+    control: int = 0
+    scalars: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.buffers + self.control + self.scalars
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """Uploads and bytes of a round by client, (n,) int64 each."""
+
+    uploads: NDArray[np.int64]
+    bytes_up: NDArray[np.int64]
+    bytes_down: NDArray[np.int64]
+
+
+def traffic(points: Sequence[Sequence[int]], up: Payload, down: Payload) -> Traffic:
+    """Traffic of a round in which client i uploads after the local steps ``points[i]``; a client without points costs nothing."""
+    uploads = np.array([len(p) for p in points], np.int64)
+    return Traffic(uploads, uploads * up.total, uploads * down.total)
+
+
+def summary_bytes(num_labels: int) -> int:
+    """Bytes of one client's label histogram: a uint32 a label and its sample count. Sent once, by every client of the fleet."""
+    return 4 * num_labels + 8

@@ -1,0 +1,57 @@
+"""Drift: what changes x when x for whom x how it sets in."""
+
+from fedsim.drift.changes import Cells, Change, ClassPrior, DomainSwitch, Draws, LabelNoise, LabelSwap
+from fedsim.drift.onset import Abrupt, Gradual, Incremental, Onset
+from fedsim.drift.pictures import Contrast, Corruption, GaussianBlur, GaussianNoise, Invert, Rotation
+from fedsim.drift.schedule import (
+    Affected,
+    At,
+    Clients,
+    Drift,
+    DriftSchedule,
+    Everyone,
+    Fraction,
+    Geometric,
+    InGroups,
+    InRegion,
+    OnDevices,
+    Spreading,
+    Staggered,
+    Start,
+    UniformStart,
+)
+
+__all__ = [
+    "Abrupt",
+    "Affected",
+    "At",
+    "Cells",
+    "Change",
+    "ClassPrior",
+    "Clients",
+    "Contrast",
+    "Corruption",
+    "DomainSwitch",
+    "Draws",
+    "Drift",
+    "DriftSchedule",
+    "Everyone",
+    "Fraction",
+    "GaussianBlur",
+    "GaussianNoise",
+    "Geometric",
+    "Gradual",
+    "InGroups",
+    "InRegion",
+    "Incremental",
+    "Invert",
+    "LabelNoise",
+    "LabelSwap",
+    "OnDevices",
+    "Onset",
+    "Rotation",
+    "Spreading",
+    "Staggered",
+    "Start",
+    "UniformStart",
+]

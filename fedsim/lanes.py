@@ -1,0 +1,240 @@
+"""Programs that run local steps: one client on the plain autograd loop, or several at once as the lanes of one batched program.
+
+A batched program stacks the clients' parameters, maps the task's losses over the stack with ``torch.func.vmap``, and
+differentiates the sum: lanes do not mix, so each gets its own gradient. The loop is the reference. Where dispatch dominates (small
+models) lanes are many times faster; large convolutions are faster alone.
+"""
+
+# W lanes, B examples of a batch, P parameters
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from fedsim.parameters import Layout
+from fedsim.randomness import rng_for
+from fedsim.runtime.batching import padded
+from fedsim.strategies import Strategy
+from fedsim.tasks.base import Batch, Dataset, Task
+from fedsim.updates import Partial, Update, Vector, fold_dtype, leaf, tree
+
+Rows = NDArray[np.int64]
+_PLAIN = (nn.Linear, nn.Flatten, nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.LayerNorm)
+_PICTURES = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm)
+_SMALL_PICTURE = 16
+
+
+def lanes_for(task: Task, model: nn.Module, batch: Batch) -> int:
+    """Width of the blocks by rule, never by timing: 32 for linear models, 16 for convolutions on pictures up to 16 x 16, else 1 (the loop)."""
+    leaves = [m for m in model.modules() if not any(True for _ in m.children())]
+    owners = [m for m in model.modules() if m not in leaves and any(True for _ in m.parameters(recurse=False))]
+    small = batch.inputs.ndim == 4 and max(batch.inputs.shape[-2:]) <= _SMALL_PICTURE
+    if owners or not all(isinstance(m, _PLAIN + (_PICTURES if small else ())) for m in leaves):
+        return 1
+    if why_not_batched(task, model, batch) is not None:
+        return 1
+    return 16 if any(isinstance(m, nn.Conv2d) for m in leaves) else 32
+
+
+def why_not_batched(task: Task, model: nn.Module, batch: Batch) -> Exception | None:
+    """What stops the model's losses from being mapped over lanes (control flow on data, dropout, writes in place), or ``None``."""
+    layout = Layout.of(model)
+    views = layout.views(torch.from_numpy(np.tile(layout.flatten(model), (2, 1))))
+    stacked = Batch(*(torch.stack([part, part]) for part in batch))
+    try:
+        _mapped(task, model)(dict(views), stacked.inputs, stacked.targets)
+    except Exception as error:  # whatever user code and torch raise is the answer
+        return error
+    return None
+
+
+class Block:
+    """Clients that train together, and what they carry through a round: ``momenta`` and the sum of each one's losses (n,)."""
+
+    def __init__(self, strategy: Strategy, layout: Layout, clients: Rows, carry: Vector | None):
+        self.strategy, self.layout, self.clients = strategy, layout, clients
+        self.losses = np.zeros(len(clients))
+        self.weights: list[Tensor] = []
+        self.momenta: list[Tensor] | None = None
+        self._carry = carry
+
+    def load(self, start: Vector) -> None:
+        """Begin from ``start`` (P,) with every client."""
+        raise NotImplementedError
+
+    def step(self, dataset: Dataset, rows: Rows, index: int) -> Tensor:
+        """One local step on the examples ``rows`` (n, B); each client's mean loss before it, (lanes,). ``index`` is the step's number in the round."""
+        raise NotImplementedError
+
+    def update(self, weights: NDArray[np.float64]) -> Partial:
+        """The clients' weighted sum, folded in client order along the fixed tree."""
+        raise NotImplementedError
+
+    def finite(self) -> NDArray[np.bool_]:
+        """Whether each client's parameters (n,) are finite."""
+        raise NotImplementedError
+
+    def carry(self) -> Vector | None:
+        """Momentum (n, P) to go on from after a merge elsewhere; ``None`` without momentum."""
+        raise NotImplementedError
+
+    def _descend(self, gradients: Sequence[Tensor], start: Sequence[Tensor], lanes: bool) -> None:
+        rule = self.strategy
+        with torch.no_grad():
+            directions = [rule.direction(g, w, s) for g, w, s in zip(gradients, self.weights, start, strict=True)]
+            if rule.clip is not None:
+                directions = _clipped(directions, rule.clip, lanes)
+            if rule.weight_decay:
+                directions = [d.add(w, alpha=rule.weight_decay) for d, w in zip(directions, self.weights, strict=True)]
+            if rule.momentum:
+                assert self.momenta is not None
+                directions = [m.mul_(rule.momentum).add_(d) for m, d in zip(self.momenta, directions, strict=True)]
+            for weight, direction in zip(self.weights, directions, strict=True):
+                weight.add_(direction, alpha=-rule.client_lr)
+
+
+class LoopBlock(Block):
+    """One client on its own; ``seed`` and ``round`` decide what dropout and the like draw, step by step."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, strategy: Strategy, layout: Layout, client: int, carry: Vector | None, seed: int, round: int
+    ):
+        super().__init__(strategy, layout, np.array([client]), carry)
+        self.task, self.model = task, model
+        self._draws = int(rng_for(seed, "local", client, round).integers(1 << 62))
+        parameters = dict(model.named_parameters())
+        self.weights = [parameters[name] for name in layout.names]
+        self._vector: Vector | None = None
+        if strategy.momentum:
+            kept = torch.zeros(layout.size, dtype=self.weights[0].dtype) if carry is None else torch.tensor(carry[0])
+            self.momenta = list(layout.views(kept).values())
+
+    def load(self, start: Vector) -> None:
+        self._start = list(self.layout.views(torch.tensor(start)).values())
+        with torch.no_grad():
+            for weight, value in zip(self.weights, self._start, strict=True):
+                weight.copy_(value)
+
+    def step(self, dataset: Dataset, rows: Rows, index: int) -> Tensor:
+        torch.manual_seed(self._draws + index)
+        loss = self.task.losses(self.model, aligned(dataset.batch(rows[0]))).mean()
+        gradients = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
+        self._descend(gradients, self._start, lanes=False)
+        return loss.detach()[None]
+
+    def update(self, weights: NDArray[np.float64]) -> Partial:
+        self._vector = torch.cat([w.detach().reshape(-1) for w in self.weights]).numpy()  # the model goes on to the next client
+        return leaf(Update(self._vector, float(weights[0])))
+
+    def finite(self) -> NDArray[np.bool_]:
+        assert self._vector is not None
+        return np.array([np.isfinite(self._vector).all()])
+
+    def carry(self) -> Vector | None:
+        if self.momenta is None:
+            return None
+        return torch.cat([m.reshape(-1) for m in self.momenta]).numpy()[None]
+
+
+class LaneBlock(Block):
+    """Several clients as lanes of one program, filled up with copies of the first that weigh nothing."""
+
+    def __init__(self, task: Task, model: nn.Module, strategy: Strategy, layout: Layout, clients: Rows, carry: Vector | None, lanes: int):
+        super().__init__(strategy, layout, clients, carry)
+        self.width = padded(len(clients), lanes)
+        self._fill = np.concatenate([np.arange(len(clients)), np.zeros(self.width - len(clients), np.int64)])
+        self._task, self._model, self._map = task, model, _mapped(task, model)
+        dtype = getattr(torch, layout.dtype)
+        self.weights = [torch.empty(self.width, *shape, dtype=dtype, requires_grad=True) for shape in layout.shapes]
+        if strategy.momentum and carry is None:
+            self.momenta = [torch.zeros_like(w, requires_grad=False) for w in self.weights]
+        elif strategy.momentum:
+            assert carry is not None
+            self.momenta = [m.clone() for m in layout.views(torch.tensor(carry[self._fill])).values()]
+
+    def load(self, start: Vector) -> None:
+        self._start = list(self.layout.views(torch.tensor(start)).values())
+        with torch.no_grad():
+            for weight, value in zip(self.weights, self._start, strict=True):
+                weight.copy_(value)
+
+    def step(self, dataset: Dataset, rows: Rows, index: int) -> Tensor:
+        inputs, targets = aligned(dataset.batch(rows[self._fill].reshape(-1)))
+        lanes = (self.width, rows.shape[1])
+        named = dict(zip(self.layout.names, self.weights, strict=True))
+        losses = self._map(named, inputs.view(*lanes, *inputs.shape[1:]), targets.view(*lanes, *targets.shape[1:])).mean(1)
+        gradients = torch.autograd.grad(losses.sum(), self.weights, allow_unused=True, materialize_grads=True)
+        self._descend(gradients, self._start, lanes=True)
+        return losses.detach()
+
+    def alone(self, dataset: Dataset, rows: Rows, lane: int) -> None:
+        """The losses of one lane on its examples ``rows`` (B,), outside the batched program: to see whether they raise."""
+        named = {f"model.{name}": w.detach()[lane] for name, w in zip(self.layout.names, self.weights, strict=True)}
+        functional_call(_Objective(self._task, self._model), named, (dataset.batch(rows),))
+
+    def update(self, weights: NDArray[np.float64]) -> Partial:
+        dtype = getattr(torch, str(fold_dtype(np.dtype(self.layout.dtype))))
+        share = torch.tensor(weights, dtype=dtype)[:, None]
+        rows = [w.detach()[: len(weights)].reshape(len(weights), -1).to(dtype) * share for w in self.weights]
+        total = torch.cat([_lane_sum(r) for r in rows])
+        return Partial(total.numpy(), tree([float(w) for w in weights], float.__add__))
+
+    def finite(self) -> NDArray[np.bool_]:
+        count = len(self.clients)
+        return np.asarray(np.all([w.detach()[:count].reshape(count, -1).isfinite().all(1).numpy() for w in self.weights], axis=0))
+
+    def carry(self) -> Vector | None:
+        if self.momenta is None:
+            return None
+        count = len(self.clients)
+        return torch.cat([m[:count].reshape(count, -1) for m in self.momenta], dim=1).numpy()
+
+
+def aligned(batch: Batch) -> Batch:
+    """The batch in memory that torch allocated: kernels may round by alignment, and other memory differs between processes."""
+    return Batch(*(part.clone() for part in batch))
+
+
+class _Objective(nn.Module):
+    """A task's losses as a module, so that its model's parameters can be replaced for a call."""
+
+    def __init__(self, task: Task, model: nn.Module):
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.task.losses(self.model, batch)
+
+
+def _mapped(task: Task, model: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+    """Losses (W, B) of stacked parameters (W, ...) on stacked inputs and targets (W, B, ...)."""
+    objective = _Objective(task, model)
+
+    def losses(parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        named = {f"model.{name}": value for name, value in parameters.items()}
+        result: Tensor = functional_call(objective, named, (Batch(inputs, targets),))
+        return result
+
+    mapped: Callable[[dict[str, Tensor], Tensor, Tensor], Tensor] = vmap(losses, randomness="error")
+    return mapped
+
+
+def _clipped(gradients: Sequence[Tensor], clip: float, lanes: bool) -> list[Tensor]:
+    """Gradients scaled so that each client's norm over all parameters is at most ``clip``."""
+    rows = [g.reshape(len(g), -1) if lanes else g.reshape(1, -1) for g in gradients]
+    norms = torch.stack([torch.linalg.vector_norm(r, dim=1) for r in rows]).norm(dim=0)
+    scale = (clip / (norms + 1e-6)).clamp(max=1.0)
+    return [g * (scale.view(-1, *[1] * (g.ndim - 1)) if lanes else scale[0]) for g in gradients]
+
+
+def _lane_sum(rows: Tensor) -> Tensor:
+    """The sum over lanes (W, n) -> (n,) along the tree of :func:`fedsim.updates.tree`, level by level."""
+    while len(rows) > 1:
+        even = len(rows) & ~1
+        paired = rows[0:even:2] + rows[1:even:2]
+        rows = paired if even == len(rows) else torch.cat([paired, rows[even:]])
+    return rows[0]

@@ -1,0 +1,187 @@
+"""What a worker does in a round: the local steps of a unit's clients between merges, and the merges that concern only them.
+
+A client's batch at a step is a function of (seed, client, round, step) alone, never of the schedule: concatenated permutations
+of its shard, cut into batches of exactly ``batch_size``, wrapping over the end of a pass.
+"""
+
+# n clients of a unit, k its sync points, T local steps, B examples of a batch, P parameters
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedsim.dense import DenseBlock, is_dense
+from fedsim.errors import ClientError, DivergedError, FedsimError
+from fedsim.lanes import Block, LaneBlock, LoopBlock
+from fedsim.parameters import Layout
+from fedsim.partition import Shards
+from fedsim.randomness import permutations
+from fedsim.runtime.batching import blocks
+from fedsim.strategies import Due, Strategy
+from fedsim.tasks.base import Dataset, Task
+from fedsim.updates import Partial, Vector, mean, tree_sum
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unit:
+    """Clients (n,) train from the model shared as ``model`` at step ``start`` to ``points[-1]``; at the points before it they merge among themselves.
+
+    ``weights`` (k, n): each client's normalised weight at each point. ``server``: name of the server's model, used by merges. ``carry`` (n, P): momenta.
+    """
+
+    seed: int
+    round: int
+    clients: Rows
+    lanes: int
+    model: str
+    server: str
+    start: int
+    points: tuple[int, ...]
+    weights: NDArray[np.float64]
+    carry: Vector | None
+    last: int
+
+    def __str__(self) -> str:
+        return (
+            f"clients {', '.join(map(str, self.clients.tolist()))} in round {self.round}, local steps {self.start + 1} to {self.points[-1]}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """A unit's node of the fold at its last point, the sum of each client's losses (n,), the server's model and state after its own merges, and momenta."""
+
+    node: Partial
+    losses: NDArray[np.float64]
+    merged: tuple[Vector, Any] | None
+    carry: Vector | None
+
+
+def train_unit(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Outcome:
+    """Train a unit. Shared: ``task``, ``train`` (Dataset), ``shards``, ``strategy``, ``state`` (the server's) and models (P,) by name.
+
+    Raises ``DivergedError`` for a loss or a parameter that is not finite, and ``ClientError`` from an exception of user code.
+    """
+    strategy: Strategy = shared["strategy"]
+    team = _team(unit, shared, cache)
+    rows = example_order(unit.seed, shared["shards"], unit.clients, unit.round, (unit.start, unit.points[-1]), strategy.batch_size)
+    model, params, state = shared[unit.model], shared[unit.server], shared["state"]
+    at = unit.start
+    for point, weights in zip(unit.points, unit.weights, strict=True):
+        node = _advance(unit, team, shared["train"], model, rows[:, at - unit.start : point - unit.start], at, weights)
+        if point != unit.points[-1]:
+            params, state = strategy.server(params, state, mean(node, params), Due(unit.clients, weights), point == unit.last)
+            model = params
+        at = point
+    carries = [block.carry() for _, block in team] if at < unit.last else [None]
+    return Outcome(
+        node=node,
+        losses=np.concatenate([block.losses for _, block in team]),
+        merged=(params, state) if len(unit.points) > 1 else None,
+        carry=None if carries[0] is None else np.concatenate([c for c in carries if c is not None]),
+    )
+
+
+def example_order(seed: int, shards: Shards, clients: Rows, round: int, steps: tuple[int, int], batch_size: int) -> Rows:
+    """Examples (n, T, B), as indices into the data set, of the local steps ``steps[0]`` (inclusive, from 0) to ``steps[1]``."""
+    sizes = shards.sizes[clients]
+    wanted = np.arange(steps[0] * batch_size, steps[1] * batch_size)
+    passes, place = np.divmod(wanted[None, :], sizes[:, None])
+    order = np.empty((len(clients), len(wanted)), np.int64)
+    for number in range(int(passes.min()), int(passes.max()) + 1):
+        inside = passes == number
+        taking = np.flatnonzero(inside.any(axis=1))
+        shuffled = permutations(seed, "batches", clients[taking], round, sizes[taking], part=number)
+        for client, positions in zip(taking, shuffled, strict=True):
+            order[client, inside[client]] = positions[place[client, inside[client]]]
+    examples: Rows = shards.indices[shards.offsets[clients][:, None] + order]
+    return examples.reshape(len(clients), steps[1] - steps[0], batch_size)
+
+
+Team = Sequence[tuple[slice, Block]]
+
+
+def _team(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Team:
+    """The unit's blocks, each with its part of the unit's clients."""
+    task, strategy = shared["task"], shared["strategy"]
+    model, layout = _model(task, unit.seed, cache)
+    team: list[tuple[slice, Block]] = []
+    for low, high in blocks(len(unit.clients), unit.lanes):
+        clients, carry = unit.clients[low:high], None if unit.carry is None else unit.carry[low:high]
+        if unit.lanes == 1:
+            block: Block = LoopBlock(task, model, strategy, layout, int(clients[0]), carry, unit.seed, unit.round)
+        else:
+            kind = DenseBlock if is_dense(task, model, strategy, shared["train"]) else LaneBlock
+            block = kind(task, model, strategy, layout, clients, carry, unit.lanes)
+        team.append((slice(low, high), block))
+    return team
+
+
+def _model(task: Task, seed: int, cache: MutableMapping[Any, Any]) -> tuple[torch.nn.Module, Layout]:
+    """A model of the task to train in; kept while the worker sees the same task."""
+    kept = cache.get("local model")
+    if kept is None or kept[0] is not task or kept[1] != seed:
+        model = task.build(seed).train()
+        kept = cache["local model"] = (task, seed, model, Layout.of(model))
+    return kept[2], kept[3]
+
+
+def _advance(unit: Unit, team: Team, dataset: Dataset, model: Vector, rows: Rows, at: int, weights: NDArray[np.float64]) -> Partial:
+    """All blocks through the steps of ``rows`` (n, T, B), and their node of the fold."""
+    nodes = []
+    with torch.random.fork_rng(devices=[]):
+        for part, block in team:
+            block.load(model)
+            losses = torch.stack([_step(unit, block, dataset, rows[part, t], at + t) for t in range(rows.shape[1])]).double().numpy()
+            losses = losses[:, : len(block.clients)]
+            _check_losses(unit, block, losses, at)
+            block.losses += losses.sum(0)
+            node = block.update(weights[part])
+            if not np.isfinite(node.total).all():
+                _raise_diverged(unit, block, at + rows.shape[1])
+            nodes.append(node)
+    return tree_sum(nodes)
+
+
+def _step(unit: Unit, block: Block, dataset: Dataset, rows: Rows, index: int) -> torch.Tensor:
+    try:
+        return block.step(dataset, rows, index)
+    except FedsimError:
+        raise
+    except Exception as error:
+        client = int(block.clients[0]) if len(block.clients) == 1 else _culprit(block, dataset, rows)
+        if client is None:
+            message = (
+                f"the model cannot train {len(block.clients)} clients as one program ({error}); set lanes=1 to train them one at a time"
+            )
+            raise FedsimError(message) from error
+        raise ClientError(f"{type(error).__name__}: {error}", client=client, round=unit.round, step=index + 1) from error
+
+
+def _culprit(block: Block, dataset: Dataset, rows: Rows) -> int | None:
+    """The first client of a batched block whose own examples raise."""
+    assert isinstance(block, LaneBlock)
+    for lane, client in enumerate(block.clients):
+        try:
+            block.alone(dataset, rows[lane], lane)
+        except Exception:
+            return int(client)
+    return None
+
+
+def _check_losses(unit: Unit, block: Block, losses: NDArray[np.float64], at: int) -> None:
+    bad = np.argwhere(~np.isfinite(losses))
+    if len(bad):
+        step, lane = bad[0]
+        raise DivergedError(f"the loss is {losses[step, lane]}", client=int(block.clients[lane]), round=unit.round, step=int(at + step + 1))
+
+
+def _raise_diverged(unit: Unit, block: Block, step: int) -> None:
+    lane = int(np.argmin(block.finite()))
+    raise DivergedError("parameters are not finite", client=int(block.clients[lane]), round=unit.round, step=step)

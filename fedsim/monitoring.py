@@ -1,0 +1,130 @@
+"""From loss streams to alarms: an in-control law per client, one robust detector for the fleet. The only importer of ``detection``."""
+
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detection import DetectorState, FittedScores, NormalScores, RobustScoreCUSUM, confidence_box, default_post
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+POOLED = 0.9  # share of the fleet that must have been seen before its common shape is fitted
+
+
+@dataclass(frozen=True, eq=False)
+class MonitorState:
+    """``buffer`` (C, calibration) holds a client's losses while its in-control law is being learnt, ``filled`` (C,) how many.
+
+    ``needed`` (C,) is how many it waits for, 0 once the law stands.
+    """
+
+    buffer: Floats
+    filled: NDArray[np.int64]
+    needed: NDArray[np.int64]
+    scores: FittedScores | None
+    detector: DetectorState
+    reference: Floats
+
+
+@dataclass(frozen=True)
+class Monitoring:
+    """Watch every client's mean loss a tick with ``detector``, calibrated to a mean time between false alarms of ``arl`` ticks a client.
+
+    Each client's in-control law is learnt from its first ``calibration`` ticks, pooled over the fleet by empirical Bayes, and
+    after a redeployment from ``recalibration`` ticks. Losses become normal scores, clipped at ``clip``. The pre-change set
+    covers the error of that calibration with probability ``confidence``, so the promise holds for the client at hand; the
+    post-change set starts at ``shift``, the smallest mean shift in normal scores worth an alarm. arXiv:2407.11094.
+    """
+
+    detector: type[Any] = RobustScoreCUSUM
+    _: KW_ONLY
+    arl: float = 10_000
+    calibration: int = 100
+    recalibration: int = 30
+    shift: float = 0.75
+    clip: float = 4.0
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.detector, type) and hasattr(self.detector, "fit")):
+            raise ValueError(f"detector must be a detector class with fit(), such as RobustScoreCUSUM, got {self.detector!r}")
+        if not self.arl >= 2:
+            raise ValueError(f"arl must be at least 2 ticks, got {self.arl}")
+        if self.calibration < 10 or not 10 <= self.recalibration <= self.calibration:
+            raise ValueError(
+                f"calibration and recalibration must be at least 10 ticks, recalibration at most calibration, got {self.calibration} and {self.recalibration}"
+            )
+        if not 0 < self.confidence < 1 or not self.clip > 0 or not self.shift > 0:
+            raise ValueError(f"need 0 < confidence < 1, clip > 0, shift > 0, got {self.confidence}, {self.clip}, {self.shift}")
+
+    @cached_property
+    def fitted(self) -> Any:
+        """The detector on normal scores; raises ``ValueError`` where ``shift`` is too small to tell from the calibration error."""
+        pre = confidence_box(self.recalibration, self.confidence)
+        return self.detector.fit(pre=pre, post=default_post(pre, harm=self.shift, worst=self.clip), arl=self.arl, clip=self.clip)
+
+    def init(self, num_clients: int) -> MonitorState:
+        return MonitorState(
+            buffer=np.full((num_clients, self.calibration), np.nan),
+            filled=np.zeros(num_clients, np.int64),
+            needed=np.full(num_clients, self.calibration),
+            scores=None,
+            detector=self.fitted.init(num_clients),
+            reference=np.full(num_clients, np.nan),
+        )
+
+    def step(self, state: MonitorState, losses: Floats, active: Flags) -> tuple[MonitorState, Flags]:
+        """Take in the fleet's losses (C,) of one tick; alarms (C,) among the ``active`` clients whose law stands."""
+        watched = active & (state.needed == 0)
+        detector = state.detector
+        if state.scores is not None and watched.any():
+            signal = np.where(watched, state.scores.transform(np.where(watched, losses, 1.0)), 0.0)
+            detector = self.fitted.step(detector, signal, watched)
+        alarms = np.asarray(self.fitted.alarms(detector)) & watched
+        learning = active & (state.filled < state.needed)
+        return self._learn(replace(state, detector=detector), losses, learning), alarms
+
+    def relearn(self, state: MonitorState, clients: Flags) -> MonitorState:
+        """Forget the in-control law of ``clients`` (C,), whose submodel changed, and learn it anew."""
+        return replace(
+            state,
+            filled=np.where(clients, 0, state.filled),
+            needed=np.where(clients, self.recalibration if state.scores is not None else self.calibration, state.needed),
+            detector=self.fitted.restart(state.detector, clients),
+        )
+
+    def restart(self, state: MonitorState, clients: Flags) -> MonitorState:
+        """Set the statistic of ``clients`` (C,) back to 0; their law stays."""
+        return replace(state, detector=self.fitted.restart(state.detector, clients))
+
+    def changed_at(self, state: MonitorState, tick: int) -> NDArray[np.int64]:
+        """Estimated first changed tick of each client (C,), seen from ``tick``; ticks a client missed count as not passed."""
+        seen_since = state.detector.clock - np.asarray(self.fitted.changed_at(state.detector)) + 1
+        return np.asarray(tick + 1 - seen_since)
+
+    def _learn(self, state: MonitorState, losses: Floats, learning: Flags) -> MonitorState:
+        if not learning.any():
+            return state
+        buffer = state.buffer.copy()
+        rows = np.flatnonzero(learning)
+        buffer[rows, state.filled[rows]] = losses[rows]
+        filled = state.filled + learning
+        done = (state.needed > 0) & (filled >= state.needed)
+        state = replace(state, buffer=buffer, filled=filled)
+        return self._settle(state, done) if done.any() else state
+
+    def _settle(self, state: MonitorState, done: Flags) -> MonitorState:
+        """Give the clients of ``done`` (C,) their in-control law; the first time, together with the fleet's pooled shape."""
+        seen = np.arange(self.calibration) < state.filled[:, None]
+        if state.scores is not None:
+            width = int(state.filled[done].max())
+            scores = state.scores.refit(done, state.buffer[done, :width], seen[done, :width])
+        elif done.mean() >= POOLED:
+            scores = NormalScores(clip=self.clip).fit(np.where(seen, state.buffer, 0.0), seen)
+        else:
+            return state
+        means = np.where(seen, state.buffer, 0.0).sum(axis=1) / np.maximum(state.filled, 1)
+        return replace(state, scores=scores, needed=np.where(done, 0, state.needed), reference=np.where(done, means, state.reference))

@@ -1,0 +1,129 @@
+"""Iterative global pruning: score, remove the lowest few of the whole model, score what is left again."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from fedsim.errors import CapacityError, FedsimError
+from fedsim.pruning.importance import Importance, Objective, Scores
+from fedsim.pruning.structures import Bools, Ints, StructureMap
+from fedsim.pruning.tracing import evaluating
+from fedsim.pruning.trajectory import PruningTrajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner:
+    """Base of all pruning methods: which levels are wanted and what must stay; a subclass says how structures are ranked.
+
+    ``levels`` are sparsities in [0, 1), rising. ``min_keep`` structures stay in every block; blocks whose name starts with an
+    entry of ``protect`` stay whole. ``calibration`` says whose examples rank the structures of a deployment (the fleet's or
+    the client's own) and ``calibration_examples`` how many; ``couple_residual`` is that of ``structure_map``.
+    """
+
+    levels: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
+    min_keep: int = 1
+    protect: tuple[str, ...] = ()
+    calibration: Literal["global", "client"] = "global"
+    calibration_examples: int = 256
+    couple_residual: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.levels or any(not 0 <= level < 1 for level in self.levels) or sorted(set(self.levels)) != list(self.levels):
+            raise ValueError(f"levels must be rising sparsities in [0, 1), got {self.levels!r}")
+        for name in ("min_keep", "calibration_examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if self.calibration not in ("global", "client"):
+            raise ValueError(f"calibration must be 'global' or 'client', got {self.calibration!r}")
+
+    def plan(self) -> tuple[Importance, int]:
+        """The importance that ranks structures, and in how many steps they leave."""
+        raise NotImplementedError(f"{type(self).__name__} must define plan()")
+
+    def trajectory(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any]) -> PruningTrajectory:
+        """Order of removal up to the highest level, by losses (B,) of ``objective(model, batch)`` over ``batches``; no training.
+
+        The model is left as it was. ``ValueError`` for no examples, ``CapacityError`` for a level ``min_keep`` and ``protect``
+        do not allow, ``FedsimError`` for a non-finite loss or gradient.
+        """
+        smap.check(model)
+        if not batches or any(not len(batch[0]) for batch in batches):
+            raise ValueError("calibration needs at least one example in every batch, got none")
+        importance, steps = self.plan()
+        with evaluating(model):
+            return _remove(self, importance, steps, model, smap, objective, batches)
+
+
+def _remove(
+    pruner: Pruner, importance: Importance, steps: int, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any]
+) -> PruningTrajectory:
+    spared, target = _spared(pruner, smap), pruner.levels[-1]
+    kept = np.ones(len(smap), np.bool_)
+    removed, scores, step_of = [np.zeros(0, np.int64)], [np.zeros(0)], [np.zeros(0, np.int64)]
+    for step in range(1, steps + 1) if target > 0 else ():
+        score = _score(importance, step, model, smap, objective, batches, kept)
+        order = _order(score, kept, spared)
+        order = _within_min_keep(order, smap, kept, pruner.min_keep)
+        chosen = order[: _number_to_goal(smap, kept, order, target * step / steps)]
+        kept[chosen] = False
+        removed.append(chosen)
+        scores.append(score[chosen])
+        step_of.append(np.full(len(chosen), step, np.int64))
+    return PruningTrajectory.of(smap, np.concatenate(removed), np.concatenate(scores), np.concatenate(step_of))
+
+
+def _spared(pruner: Pruner, smap: StructureMap) -> Bools:
+    """Structures (S,) of protected blocks. ``CapacityError`` if the highest level cannot be reached without them."""
+    names = [block.name for block in smap.blocks]
+    for prefix in pruner.protect:
+        if not any(name.startswith(prefix) for name in names):
+            raise ValueError(f"protect names no block that starts with {prefix!r}; prunable blocks are {names}")
+    whole = np.asarray([name.startswith(pruner.protect) if pruner.protect else False for name in names], np.bool_)
+    most = np.asarray([0 if w else max(len(b) - pruner.min_keep, 0) for b, w in zip(smap.blocks, whole, strict=True)], np.int64)
+    reach = float(smap.share("parameters", most))
+    if pruner.levels[-1] > reach:
+        raise CapacityError(
+            f"level {pruner.levels[-1]} cannot be reached: at most {reach:.4f} of the prunable parameters can leave with"
+            f" min_keep={pruner.min_keep} and protect={pruner.protect} (not prunable: {dict(smap.skipped)})"
+        )
+    return whole[smap.block_of]
+
+
+def _score(
+    importance: Importance, step: int, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools
+) -> Scores:
+    try:
+        score = importance.scores(model, smap, objective, batches, kept)
+    except FedsimError as error:
+        raise FedsimError(f"pruning step {step}: {error}") from error
+    if not np.isfinite(score[kept]).all():
+        raise FedsimError(f"pruning step {step}: {type(importance).__name__} returned scores that are not finite; nothing was pruned")
+    if not score[kept].any():
+        warnings.warn(f"all {int(kept.sum())} structures score 0 in pruning step {step}; they leave in the fixed order", stacklevel=2)
+    return score
+
+
+def _order(score: Scores, kept: Bools, spared: Bools) -> Ints:
+    """Candidates, lowest score first; ties in the fixed order."""
+    candidates = np.flatnonzero(kept & ~spared)
+    return candidates[np.argsort(score[candidates], kind="stable")]
+
+
+def _within_min_keep(order: Ints, smap: StructureMap, kept: Bools, min_keep: int) -> Ints:
+    """``order`` without those that would leave their block with fewer than ``min_keep``."""
+    allowed = np.zeros(len(order), np.bool_)
+    alive = np.diff(smap.starts) - smap.removed_counts(kept)
+    for block, num in enumerate(alive):
+        allowed[np.flatnonzero(smap.block_of[order] == block)[: max(int(num) - min_keep, 0)]] = True
+    return order[allowed]
+
+
+def _number_to_goal(smap: StructureMap, kept: Bools, order: Ints, goal: float) -> int:
+    """How many of ``order`` leave until the sparsity is at least ``goal``."""
+    now = smap.share("parameters", smap.removed_counts(kept))
+    shares = np.concatenate([[now], smap.share("parameters", smap.after_each(kept, order))])
+    return int(np.searchsorted(shares, goal - 1e-12, side="left"))

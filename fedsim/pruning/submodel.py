@@ -1,0 +1,182 @@
+"""One submodel of a dense model: which structures are kept, and the surgery, masks and flat vectors that follow from it."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
+
+from fedsim.encoding import digest
+from fedsim.errors import CapacityError
+from fedsim.pruning.structures import Bools, Cost, Ints, StructureMap
+
+
+@dataclass(frozen=True, eq=False)
+class Submodel:
+    """``kept`` (S,) structures of the model with this ``fingerprint``; ``level`` is what was asked for, ``sparsity`` what came out.
+
+    A value: equal if all fields are, and small. Everything about weights needs the :class:`StructureMap` it belongs to
+    and raises ``ValueError`` for another one.
+    """
+
+    kept: Bools
+    fingerprint: str
+    level: float = 0.0
+
+    @classmethod
+    def dense(cls, smap: StructureMap) -> "Submodel":
+        """Nothing removed."""
+        return cls(np.ones(len(smap), np.bool_), smap.fingerprint)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Submodel) and digest(self) == digest(other)
+
+    def __hash__(self) -> int:
+        return hash(digest(self))
+
+    def indices(self, smap: StructureMap) -> Ints:
+        """Positions (Q,) of the kept scalars in the dense flat vector of trainable parameters (``Layout`` order)."""
+        leaving = _leaving(smap, self._checked(smap))
+        return np.flatnonzero(np.concatenate([_mark(w.shape, leaving.get(w.name, ())) for w in smap.weights if w.trainable]))
+
+    def slice(self, vector: NDArray[np.floating], smap: StructureMap) -> NDArray[np.floating]:
+        """The submodel's flat parameters (..., Q) of dense ones (..., P)."""
+        return vector[..., self.indices(smap)]
+
+    def scatter(self, small: NDArray[np.floating], into: NDArray[np.floating], smap: StructureMap) -> NDArray[np.floating]:
+        """A copy of the dense ``into`` (..., P) with the kept coordinates taken from ``small`` (..., Q)."""
+        dense = into.copy()
+        dense[..., self.indices(smap)] = small
+        return dense
+
+    def parameters(self, smap: StructureMap) -> int:
+        """Parameters of the sliced module."""
+        return self.cost("parameters", smap)
+
+    def flops(self, smap: StructureMap) -> int:
+        """FLOPs of one example's forward pass: 2 x multiply-adds of Linear and convolution modules."""
+        return self.cost("flops", smap)
+
+    def bytes(self, smap: StructureMap) -> int:
+        """Bytes of the sliced module's parameters."""
+        return self.cost("bytes", smap)
+
+    def cost(self, cost: Cost, smap: StructureMap) -> int:
+        return int(smap.cost(cost, smap.removed_counts(self._checked(smap))))
+
+    def sparsity(self, smap: StructureMap) -> float:
+        """Removed parameters / parameters that belong to structures."""
+        return float(smap.share("parameters", smap.removed_counts(self._checked(smap))))
+
+    def model_sparsity(self, smap: StructureMap) -> float:
+        """Removed parameters / all parameters of the model."""
+        return 1 - self.parameters(smap) / Submodel.dense(smap).parameters(smap)
+
+    @contextmanager
+    def masked(self, model: nn.Module, smap: StructureMap) -> Iterator[nn.Module]:
+        """``model`` with the consumer columns of removed structures set to 0 inside the block, its weights put back after it.
+
+        Zero columns alone make a structure inert, whatever its producers' biases and normalisation do.
+        """
+        kept = self._checked(smap)
+        smap.check(model)
+        saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for number, block in enumerate(smap.blocks):
+                for member in block.members:
+                    leaving = smap.positions(number, member, kept)[1]
+                    if member.role == "consumer" and len(leaving):
+                        weight = model.get_parameter(member.weight).data
+                        saved.append((weight, weight.clone()))
+                        weight.index_fill_(member.dim, torch.from_numpy(leaving).to(weight.device), 0)
+            yield model
+        finally:
+            for weight, original in reversed(saved):
+                weight.copy_(original)
+
+    def sliced(self, model: nn.Module, smap: StructureMap) -> nn.Module:
+        """A copy of ``model`` without the removed structures: smaller weights, plain modules, the same interface."""
+        kept = self._checked(smap)
+        smap.check(model)
+        small = copy.deepcopy(model)
+        for number, block in enumerate(smap.blocks):
+            removed = len(block) - int(kept[smap.starts[number] : smap.starts[number + 1]].sum())
+            if not removed:
+                continue
+            for member in block.members:
+                _cut(small, member.weight, member.dim, smap.positions(number, member, kept)[1])
+            for resize in block.resizes:
+                module = small.get_submodule(resize.module)
+                setattr(module, resize.attribute, getattr(module, resize.attribute) - removed * resize.each)
+        return small
+
+    def _checked(self, smap: StructureMap) -> Bools:
+        if smap.fingerprint != self.fingerprint:
+            raise ValueError(f"submodel of model {self.fingerprint} used with the structure map of model {smap.fingerprint}")
+        return self.kept
+
+
+def lacking(old: Submodel | None, new: Submodel, smap: StructureMap) -> int:
+    """Bytes that turn a client's ``old`` submodel into ``new``: the parameters it does not hold, and one bit per structure.
+
+    ``old=None`` is a client that holds nothing.
+    """
+    mask = ceil(len(smap) / 8)
+    if old is None:
+        return new.bytes(smap) + mask
+    shared = old._checked(smap) & new._checked(smap)
+    return new.bytes(smap) - int(smap.cost("bytes", smap.removed_counts(shared))) + mask
+
+
+def fit_level(sizes: ArrayLike, capacities: ArrayLike, *, what: str = "bytes", devices: Sequence[str] | None = None) -> Ints:
+    """Index (C,) of the first level whose size (L,) fits each capacity (C,); sizes fall with the level.
+
+    ``CapacityError`` names the device (``devices`` (C,), else the client's number) that even the last level does not fit.
+
+    >>> fit_level([100, 60, 40], [70, 1000, 40])
+    array([1, 0, 2])
+    """
+    size, capacity = np.atleast_1d(np.asarray(sizes, np.float64)), np.atleast_1d(np.asarray(capacities, np.float64))
+    if size.ndim != 1 or not len(size) or np.any(np.diff(size) > 0):
+        raise ValueError(f"sizes must be one non-increasing row, largest submodel first, got {sizes!r}")
+    if unfit := np.flatnonzero(~(capacity >= size[-1])).tolist():
+        name = devices[unfit[0]] if devices is not None else f"client {unfit[0]}"
+        raise CapacityError(
+            f"no level fits {name} ({len(unfit)} of {len(capacity)} clients): the smallest needs {size[-1]:.6g} {what},"
+            f" it has {capacity[unfit[0]]:.6g}; add a higher level or leave the device out"
+        )
+    return (len(size) - np.searchsorted(size[::-1], capacity, side="right")).astype(np.int64)
+
+
+def _leaving(smap: StructureMap, kept: Bools) -> dict[str, list[tuple[int, Ints]]]:
+    """(dim, positions) that leave each weight some structure owns."""
+    leaving: dict[str, list[tuple[int, Ints]]] = {}
+    for number, block in enumerate(smap.blocks):
+        for member in block.members:
+            leaving.setdefault(member.weight, []).append((member.dim, smap.positions(number, member, kept)[1]))
+    return leaving
+
+
+def _mark(shape: tuple[int, ...], leaving: Sequence[tuple[int, Ints]]) -> Bools:
+    """True (numel,) at the scalars of a weight that stay."""
+    mark = np.ones(shape, np.bool_)
+    for dim, positions in leaving:
+        mark[(slice(None),) * dim + (positions,)] = False
+    return mark.reshape(-1)
+
+
+def _cut(model: nn.Module, name: str, dim: int, leaving: Ints) -> None:
+    """Replace a parameter or buffer by one without the positions ``leaving`` along ``dim``."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = getattr(module, own)
+    stay = np.setdiff1d(np.arange(tensor.shape[dim]), leaving, assume_unique=True)
+    cut = tensor.detach().index_select(dim, torch.from_numpy(stay).to(tensor.device))
+    if isinstance(tensor, nn.Parameter):
+        cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+    setattr(module, own, cut)

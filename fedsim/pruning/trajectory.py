@@ -1,0 +1,107 @@
+"""The order in which structures leave a model: every prefix is a submodel, so all levels nest by construction."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.encoding import digest
+from fedsim.errors import CapacityError, CheckpointError
+from fedsim.pruning.structures import COSTS, Bools, Cost, Ints, Structure, StructureMap
+from fedsim.pruning.submodel import Submodel
+
+FORMAT = "fedsim.pruning.trajectory/1"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PruningTrajectory:
+    """Structures ``removed`` (R,) in order, as positions in the map's fixed order, with the score and step (from 1) of each.
+
+    ``shares[cost]`` (R,) is the share of all prunable cost gone after each removal; for parameters, the sparsity.
+    ``fingerprint`` names the model. A value: equal if all fields are.
+    """
+
+    removed: Ints
+    scores: NDArray[np.float64]
+    step_of: Ints
+    shares: Mapping[str, NDArray[np.float64]]
+    num_structures: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, smap: StructureMap, removed: Ints, scores: NDArray[np.float64], step_of: Ints) -> "PruningTrajectory":
+        """Removals with the costs that follow from ``smap``."""
+        after = smap.after_each(np.ones(len(smap), np.bool_), removed)
+        shares: dict[str, NDArray[np.float64]] = {cost: smap.share(cost, after) for cost in COSTS}
+        return cls(removed=removed, scores=scores, step_of=step_of, shares=shares, num_structures=len(smap), fingerprint=smap.fingerprint)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PruningTrajectory) and digest(self) == digest(other)
+
+    def __hash__(self) -> int:
+        return hash(digest(self))
+
+    def at(self, level: float, cost: Cost = "parameters") -> Submodel:
+        """The submodel of the longest prefix that removes at most ``level`` of the prunable ``cost``: short of it by less than one structure.
+
+        ``ValueError`` for a level outside [0, 1); ``CapacityError`` for one beyond the end of the trajectory.
+        """
+        if not 0 <= level < 1:
+            raise ValueError(f"level must lie in [0, 1), got {level!r}")
+        if cost not in self.shares:
+            raise ValueError(f"cost must be one of {sorted(self.shares)}, got {cost!r}")
+        share = self.shares[cost]
+        reach = float(share[-1]) if len(share) else 0.0
+        if level > reach + 1e-12:
+            raise CapacityError(
+                f"level {level} of {cost} lies beyond the trajectory, which removes {reach:.4f}; add it to the pruner's levels"
+            )
+        kept: Bools = np.ones(self.num_structures, np.bool_)
+        kept[self.removed[: np.searchsorted(share, level + 1e-12, side="right")]] = False
+        return Submodel(kept, self.fingerprint, float(level))
+
+    def structures(self, smap: StructureMap) -> tuple[Structure, ...]:
+        """The removed structures by name."""
+        if smap.fingerprint != self.fingerprint:
+            raise ValueError(f"trajectory of model {self.fingerprint} used with the structure map of model {smap.fingerprint}")
+        return tuple(smap.structures[i] for i in self.removed)
+
+    def save(self, path: str | Path) -> None:
+        """Write one JSON file, complete or not at all."""
+        arrays = {"removed": self.removed, "scores": self.scores, "step_of": self.step_of}
+        value = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "num_structures": self.num_structures,
+            **{name: array.tolist() for name, array in arrays.items()},
+            "shares": {cost: share.tolist() for cost, share in self.shares.items()},
+        }
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        temporary.write_text(json.dumps(value, allow_nan=False))
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path, smap: StructureMap | None = None) -> "PruningTrajectory":
+        """Read what :meth:`save` wrote: ``CheckpointError`` if damaged, ``ValueError`` if it is not of the model of ``smap``."""
+        try:
+            value = json.loads(Path(path).read_text())
+            if value["format"] != FORMAT:
+                raise CheckpointError(f"{path} has format {value['format']!r}, expected {FORMAT!r}")
+            trajectory = cls(
+                removed=np.asarray(value["removed"], np.int64),
+                scores=np.asarray(value["scores"], np.float64),
+                step_of=np.asarray(value["step_of"], np.int64),
+                shares={cost: np.asarray(share, np.float64) for cost, share in value["shares"].items()},
+                num_structures=int(value["num_structures"]),
+                fingerprint=str(value["fingerprint"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is missing, damaged or not a pruning trajectory: {error}") from error
+        if smap is not None and smap.fingerprint != trajectory.fingerprint:
+            raise ValueError(f"{path} is a trajectory of model {trajectory.fingerprint}, not of model {smap.fingerprint}")
+        return trajectory

@@ -1,0 +1,252 @@
+"""One federated round as an event loop over synchronisation points: only the clients due at a point upload, and the merge is given back to those.
+
+FedSGD, FedAvg and DynamicFL (Le, Diao, Wang, Tarokh, Ding, Anwar, 2024, arXiv:2409.04986) are the same loop under different schedules. Blocks
+and the tree of the fold follow from the cohort; units and workers do not touch a bit.
+"""
+
+# C clients of the fleet, n of a cohort, K labels, P parameters
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.clock import busy_seconds, forward_flops, round_seconds, step_flops
+from fedsim.communication import Cohort, Payload, Schedule, UploadSchedule, summary_bytes, traffic
+from fedsim.evaluation import evaluate
+from fedsim.fleet import Fleet
+from fedsim.lanes import lanes_for, why_not_batched
+from fedsim.merging import Merging
+from fedsim.parameters import Layout
+from fedsim.partition import Shards
+from fedsim.randomness import rng_for, uniforms
+from fedsim.records import Round
+from fedsim.runtime.batching import power_of_two
+from fedsim.runtime.executor import Executor, Shared
+from fedsim.strategies import Strategy
+from fedsim.tasks.base import Splits, Task
+from fedsim.updates import Vector
+
+_WAITS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainState:
+    """Where training stands after ``round`` rounds: parameters (P,), the server's state, and the simulated clock in seconds."""
+
+    params: Vector
+    server: Any
+    round: int
+    clock: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Training:
+    """Everything rounds need that does not change between them; made by :meth:`prepare`. ``lanes`` is the width of a block: it decides bits.
+
+    ``unit_blocks`` (a power of two, ``None``: by number of workers) decides only where work runs.
+    """
+
+    task: Task
+    fleet: Fleet
+    strategy: Strategy
+    communication: UploadSchedule
+    rounds: int
+    seed: int
+    executor: Executor
+    lanes: int
+    evaluate_every: int
+    unit_blocks: int | None
+    data: Splits
+    shards: Shards
+    layout: Layout
+    forward_flops: int
+    counts: NDArray[np.int64] | None
+    payloads: tuple[Payload, Payload]
+    shared: Mapping[str, Shared]
+
+    @classmethod
+    def prepare(
+        cls,
+        *,
+        task: Task,
+        fleet: Fleet,
+        strategy: Strategy,
+        communication: UploadSchedule,
+        rounds: int,
+        seed: int,
+        executor: Executor,
+        lanes: int | None = None,
+        evaluate_every: int = 1,
+        unit_blocks: int | None = None,
+    ) -> Self:
+        """Check the parts against each other, measure the model, and share what every round reads. ``evaluate_every`` rounds, and after the last, the test split is read.
+
+        Raises ``ValueError`` for a fleet without data, a strategy that cannot follow the schedule, and a model that cannot run in ``lanes``.
+        """
+        for name, value in (("rounds", rounds), ("evaluate_every", evaluate_every)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        data = task.data()
+        shards = fleet.shards(data.train)
+        if not shards.sizes.any():
+            raise ValueError(f"all {len(fleet)} shards are empty: no client can train")
+        model = task.build(seed)
+        layout = Layout.of(model)
+        payloads = strategy.payload(layout)
+        _check_schedule(strategy, communication, min(strategy.cohort, int((shards.sizes > 0).sum())), payloads)
+        return cls(
+            task=task,
+            fleet=fleet,
+            strategy=strategy,
+            communication=communication,
+            rounds=rounds,
+            seed=seed,
+            executor=executor,
+            lanes=_lanes(task, model, data, strategy.batch_size, lanes),
+            evaluate_every=evaluate_every,
+            unit_blocks=None if unit_blocks is None else power_of_two(unit_blocks, "unit_blocks"),
+            data=data,
+            shards=shards,
+            layout=layout,
+            forward_flops=forward_flops(model, data.train.batch([0]).inputs),
+            counts=_label_counts(task, data, shards) if communication.needs_labels else None,
+            payloads=payloads,
+            shared={
+                "task": executor.share(task),
+                "train": executor.share(data.train),
+                "test": executor.share(data.test),
+                "shards": executor.share(shards),
+                "strategy": executor.share(strategy),
+            },
+        )
+
+    def init(self) -> TrainState:
+        """The state before the first round: a model that is a function of the seed."""
+        params = self.layout.flatten(self.task.build(self.seed))
+        return TrainState(params=params, server=self.strategy.init(params), round=0, clock=0.0)
+
+    def step(self, state: TrainState) -> tuple[TrainState, Round]:
+        """One round. Raises ``DivergedError`` or ``ClientError``; ``state`` is then still good."""
+        clients, waited = self._draw(state.round)
+        cohort = self._cohort(clients)
+        schedule = self.communication.assign(cohort, state.round, self.seed)
+        merging = Merging.of(self, clients, schedule, state)
+        params, server = merging.run()
+        seconds = round_seconds(schedule.points, cohort.step_seconds, cohort.up_seconds, cohort.down_seconds)
+        after = TrainState(params=params, server=server, round=state.round + 1, clock=state.clock + seconds)
+        notes = [schedule.note, waited, *self._short(clients), *self._summaries_note(state.round)]
+        return after, self._record(
+            state, after, cohort, schedule, merging.losses / self.strategy.local_steps, "; ".join(filter(None, notes))
+        )
+
+    def _draw(self, round: int) -> tuple[NDArray[np.int64], str]:
+        """The cohort: uniform without replacement among clients that hold data and are available; ascending ids."""
+        holders = np.flatnonzero(self.shards.sizes > 0)
+        chance = self.fleet.availability[holders]
+        for wait in range(_WAITS):
+            present = (
+                holders
+                if (chance >= 1).all()
+                else holders[uniforms(self.seed, "availability", holders, round, 1, part=wait)[:, 0] < chance]
+            )
+            if len(present):
+                break
+        else:
+            raise ValueError(f"no client was available in {_WAITS} draws of round {round}; raise availability")
+        if len(present) > self.strategy.cohort:
+            present = np.sort(rng_for(self.seed, "cohort", round).choice(present, self.strategy.cohort, replace=False))
+        return present.astype(np.int64), f"nobody was available {wait} times before" if wait else ""
+
+    def _cohort(self, clients: NDArray[np.int64]) -> Cohort:
+        up, down = self.payloads
+        flops = step_flops(self.forward_flops, self.strategy.batch_size)
+        return Cohort(
+            clients=clients,
+            steps=self.strategy.local_steps,
+            fleet_size=len(self.fleet),
+            upload=up.total,
+            download=down.total,
+            step_seconds=flops / self.fleet.flops[clients],
+            up_seconds=up.total / self.fleet.up[clients],
+            down_seconds=down.total / self.fleet.down[clients],
+            counts=None if self.counts is None else self.counts[clients].astype(np.float64),
+            totals=None if self.counts is None else self.counts.sum(0).astype(np.float64),
+        )
+
+    def _short(self, clients: NDArray[np.int64]) -> list[str]:
+        return [f"only {len(clients)} of {self.strategy.cohort} clients were available"] if len(clients) < self.strategy.cohort else []
+
+    def _summary_bytes(self, round: int) -> int:
+        """Label histograms are sent once, by all clients, before the first round."""
+        return 0 if self.counts is None or round > 0 else len(self.fleet) * summary_bytes(self.counts.shape[1])
+
+    def _summaries_note(self, round: int) -> list[str]:
+        sent = self._summary_bytes(round)
+        return [f"bytes_up includes {sent} bytes of label histograms from all {len(self.fleet)} clients"] if sent else []
+
+    def _record(
+        self, before: TrainState, after: TrainState, cohort: Cohort, schedule: Schedule, losses: NDArray[np.float64], note: str
+    ) -> Round:
+        took_part = np.array([bool(p) for p in schedule.points])
+        cost = traffic(schedule.points, *self.payloads)
+        flops = took_part * float(step_flops(self.forward_flops, self.strategy.batch_size) * cohort.steps)
+        losses = np.where(took_part, losses, np.nan)
+        due = after.round % self.evaluate_every == 0 or after.round == self.rounds
+        test_loss, accuracy = (
+            evaluate(self.executor, self.shared, after.params, len(self.data.test), self.seed) if due else (np.nan, np.nan)
+        )
+        return Round(
+            round=before.round,
+            cohort=cohort.clients,
+            group=cohort.clients[schedule.group],
+            distance=schedule.distance,
+            train_loss=float(np.average(losses[took_part], weights=self.shards.sizes[cohort.clients[took_part]])),
+            test_loss=test_loss,
+            test_accuracy=accuracy,
+            uploads=int(cost.uploads.sum()),
+            bytes_up=int(cost.bytes_up.sum()) + self._summary_bytes(before.round),
+            bytes_down=int(cost.bytes_down.sum()),
+            cost_ratio=schedule.uploads / (len(cohort) * cohort.steps),
+            flops=float(flops.sum()),
+            seconds=after.clock - before.clock,
+            clock=after.clock,
+            note=note,
+            clients={
+                "client": cohort.clients,
+                "train_loss": losses,
+                "uploads": cost.uploads,
+                "bytes_up": cost.bytes_up,
+                "bytes_down": cost.bytes_down,
+                "flops": flops,
+                "seconds": busy_seconds(schedule.points, cohort.step_seconds, cohort.up_seconds, cohort.down_seconds),
+            },
+        )
+
+
+def _check_schedule(strategy: Strategy, communication: UploadSchedule, cohort: int, payloads: tuple[Payload, Payload]) -> None:
+    communication.validate(cohort, strategy.local_steps, sum(p.total for p in payloads))
+    if not (strategy.mixed or communication.uniform):
+        raise ValueError(
+            f"{type(strategy).__name__} needs one schedule for all clients of a round, but {communication!r} mixes them; use Uniform"
+        )
+
+
+def _lanes(task: Task, model: Any, data: Splits, batch_size: int, lanes: int | None) -> int:
+    batch = data.train.batch(np.arange(batch_size) % len(data.train))
+    model.train()
+    if lanes is None:
+        return lanes_for(task, model, batch)
+    if power_of_two(lanes, "lanes") > 1 and (reason := why_not_batched(task, model, batch)) is not None:
+        raise ValueError(f"this model cannot train as {lanes} lanes of one program ({reason}); use lanes=1") from reason
+    return lanes
+
+
+def _label_counts(task: Task, data: Splits, shards: Shards) -> NDArray[np.int64] | None:
+    if "label" not in data.train.keys:
+        raise ValueError(
+            'the schedule reads label counts, and the task\'s data has no key "label"; use RandomGroup, FastestGroup or Uniform'
+        )
+    return shards.histogram(data.train.keys["label"], task.num_classes)

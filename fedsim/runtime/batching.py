@@ -1,0 +1,87 @@
+"""How a cohort is cut: segments between merges, blocks of lanes, dispatch units. Pure, and apart from units decided by the cohort alone.
+
+A *segment* is what clients that start from one model do until a merge they take part in. A segment whose merges concern
+its own clients alone is chained with the next: it can stay on one worker. A *block* is a run of at most ``lanes``
+positions that train as one program; a *unit* is an aligned run of ``2**j`` blocks sent to one worker.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from fedsim.clock import by_point
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Cohort positions ``members`` train from the model of point ``start`` to ``points[-1]``, merging among themselves at the points before it."""
+
+    members: tuple[int, ...]
+    start: int
+    points: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.points[-1]
+
+
+def segments(points: Sequence[Sequence[int]]) -> tuple[Segment, ...]:
+    """The round as segments of one point each, by point and then by start."""
+    at = [0] * len(points)
+    cut = []
+    for point, due in by_point(points):
+        positions = due.tolist()
+        for start in sorted({at[i] for i in positions}):
+            cut.append(Segment(tuple(i for i in positions if at[i] == start), start, (point,)))
+        for i in positions:
+            at[i] = point
+    return tuple(cut)
+
+
+def chains(cut: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Join each segment to the one before it where only its own clients merge there and no other merge lies between."""
+    order = sorted({s.end for s in cut})
+    following = dict(pairwise(order))
+    merging = {end: [s for s in cut if s.end == end] for end in order}
+    joined: dict[tuple[tuple[int, ...], int], Segment] = {}
+    for segment in cut:
+        before = joined.get((segment.members, segment.start))
+        alone = before is not None and len(merging[segment.start]) == 1
+        if before is not None and alone and following[segment.start] == segment.end:
+            del joined[segment.members, segment.start]
+            segment = Segment(segment.members, before.start, (*before.points, segment.end))
+        joined[segment.members, segment.end] = segment
+    return tuple(joined.values())
+
+
+def blocks(count: int, lanes: int) -> tuple[Span, ...]:
+    """Positions ``0..count`` in runs of ``lanes``; the last may be shorter.
+
+    >>> blocks(20, 16)
+    ((0, 16), (16, 20))
+    """
+    return tuple((low, min(low + lanes, count)) for low in range(0, count, lanes))
+
+
+def padded(count: int, lanes: int) -> int:
+    """Lanes a block of ``count`` clients computes: a multiple of 4, because kernels of width 1 to 3 have bits of their own.
+
+    >>> [padded(n, 32) for n in (1, 4, 6, 32)]
+    [4, 4, 8, 32]
+    """
+    return count if lanes == 1 else min(lanes, -(-count // 4) * 4)
+
+
+def unit_size(num_blocks: int, workers: int) -> int:
+    """Blocks in a unit: a power of two that leaves about three units to each worker."""
+    share = max(1, num_blocks // (3 * workers)) if workers > 1 else num_blocks
+    return 1 << (share.bit_length() - 1)
+
+
+def power_of_two(value: int, name: str) -> int:
+    """``value`` if it is a power of two, else ``ValueError``."""
+    if value < 1 or value & (value - 1):
+        raise ValueError(f"{name} must be a power of two, got {value}")
+    return value

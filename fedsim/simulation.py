@@ -1,0 +1,190 @@
+"""A whole experiment as one frozen value, and the generator that runs it: train, deploy, serve."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.capacity import Capacity
+from fedsim.communication import Uniform, UploadSchedule
+from fedsim.deployment import deploy, record, recover
+from fedsim.fleet import Fleet
+from fedsim.monitoring import Monitoring
+from fedsim.policies import Never, Policy
+from fedsim.pruning import GISP, Pruner
+from fedsim.records import Deployment, Record, Round
+from fedsim.rounds import Training, TrainState
+from fedsim.runtime.executor import Executor
+from fedsim.serving import Memo, Server, ServingState
+from fedsim.strategies import Strategy
+from fedsim.stream import Serving, Stream
+from fedsim.submodels import DenseModel, Deployed
+from fedsim.tasks import Task
+from fedsim.workers import Workers
+
+if TYPE_CHECKING:
+    from fedsim.runs.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """Everything that decides a run's numbers. Two equal Simulations give equal tables, on any machine of one kind.
+
+    ``rounds`` of training with ``strategy`` under the upload schedule ``communication``; submodels from ``deployment`` for
+    devices that ``capacity`` measures, universal ones trained for ``recovery_rounds`` more; ``serving`` with
+    ``monitoring`` and ``policy``, whose jobs queue for ``workers``. ``lanes`` is the width of batched client blocks
+    (``None``: by rule from the model). Raises ``ValueError`` for parts that contradict each other.
+    """
+
+    task: Task
+    fleet: Fleet
+    strategy: Strategy
+    communication: UploadSchedule = field(default_factory=Uniform)
+    rounds: int = 50
+    evaluate_every: int = 5
+    lanes: int | None = None
+    deployment: Pruner = field(default_factory=GISP)
+    capacity: Capacity = field(default_factory=Capacity)
+    recovery_rounds: int = 0
+    serving: Serving = field(default_factory=Serving)
+    monitoring: Monitoring = field(default_factory=Monitoring)
+    policy: Policy = field(default_factory=Never)
+    workers: Workers = field(default_factory=Workers)
+    seed: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("evaluate_every", 1), ("recovery_rounds", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
+        if self.recovery_rounds and self.deployment.calibration == "client":
+            raise ValueError("recovery_rounds trains universal submodels and needs GISP(calibration='global'), got calibration='client'")
+        if self.monitoring.calibration >= self.serving.ticks:
+            raise ValueError(
+                f"monitoring.calibration={self.monitoring.calibration} leaves nothing of serving.ticks={self.serving.ticks} to watch"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One indivisible advance of a stage: the records it yields and the state from which the next one follows."""
+
+    stage: str
+    index: int
+    state: Any
+    records: tuple[Record, ...]
+
+
+def run(simulation: Simulation, executor: Executor | None = None) -> Iterator[Record]:
+    """Run ``simulation`` and yield its records in order; nothing is stored.
+
+    A ``for`` loop over it is the place for what other tools make callbacks. ``executor`` defaults to the serial one.
+    """
+    from fedsim.runtime.serial import SerialExecutor
+
+    workers = executor or SerialExecutor()
+    for step in train_steps(simulation, workers):
+        yield from step.records
+    params = step.state.params
+    deployed = deploy_stage(simulation, params, workers)
+    yield deployment_record(simulation, params, deployed)
+    for step in serve_steps(simulation, params, deployed, workers):
+        yield from step.records
+
+
+def simulate(
+    simulation: Simulation,
+    out: str = "runs",
+    *,
+    executor: Executor | None = None,
+    progress: bool = True,
+    recipe: str | None = None,
+) -> "Run":
+    """Run ``simulation`` into its own directory under ``out`` and return the stored run.
+
+    An equal simulation found there is continued from its last checkpoint, or returned if it is complete. Stages that an
+    earlier run under ``out`` has computed (the trained model, the submodels) are taken over. ``executor`` defaults to
+    Ray on all cores; it never changes a number. Raises ``CheckpointError`` for a damaged or foreign directory.
+    """
+    from fedsim.driver import drive
+
+    return drive(simulation, out, executor=executor, progress=progress, recipe=recipe)
+
+
+def resume(path: str, *, executor: Executor | None = None, progress: bool = True) -> "Run":
+    """Continue the run stored at ``path``, whose tables end as if it had never stopped."""
+    from pathlib import Path
+
+    from fedsim.driver import drive
+    from fedsim.runs.run import Run
+
+    stored = Run(path)
+    return drive(stored.simulation, Path(path).resolve().parent, executor=executor, progress=progress, recipe=stored.recipe)
+
+
+def train_steps(simulation: Simulation, executor: Executor, state: TrainState | None = None) -> Iterator[Step]:
+    """One step a round, from ``state`` on."""
+    training = Training.prepare(
+        task=simulation.task,
+        fleet=simulation.fleet,
+        strategy=simulation.strategy,
+        communication=simulation.communication,
+        rounds=simulation.rounds,
+        evaluate_every=simulation.evaluate_every,
+        lanes=simulation.lanes,
+        seed=simulation.seed,
+        executor=executor,
+    )
+    state = state or training.init()
+    while state.round < simulation.rounds:
+        state, finished = training.step(state)
+        yield Step("train", state.round, state, (finished,))
+
+
+def deploy_stage(simulation: Simulation, params: NDArray[np.floating], executor: Executor) -> Deployed:
+    """The submodels the fleet starts to serve with."""
+    deployed = deploy(
+        task=simulation.task,
+        fleet=simulation.fleet,
+        pruner=simulation.deployment,
+        capacity=simulation.capacity,
+        params=params,
+        seed=simulation.seed,
+        executor=executor,
+    )
+    if simulation.recovery_rounds:
+        return recover(simulation, params, deployed, executor)
+    return deployed
+
+
+def deployment_record(simulation: Simulation, params: NDArray[np.floating], deployed: Deployed) -> Deployment:
+    """The deploy stage as a record."""
+    dense = DenseModel.of(simulation.task, params, simulation.deployment)
+    return record(deployed, dense, simulation.fleet, simulation.deployment.levels)
+
+
+def world(simulation: Simulation) -> Stream:
+    """The fleet's streams; with the true change points, which are for scores alone."""
+    return Stream.of(simulation.task, simulation.fleet, simulation.serving, simulation.seed)
+
+
+def serve_steps(
+    simulation: Simulation,
+    params: NDArray[np.floating],
+    deployed: Deployed,
+    executor: Executor,
+    state: ServingState | None = None,
+    memo: Memo | None = None,
+) -> Iterator[Step]:
+    """One step a tick, from ``state`` on; ``memo`` shares losses with other policies in the same world."""
+    server = Server.prepare(simulation, world(simulation), params, deployed, executor, memo)
+    state = state or server.init()
+    while state.tick < simulation.serving.ticks:
+        state, records = server.step(state)
+        yield Step("serve", state.tick, state, records)
+
+
+__all__ = ["Round", "Simulation", "Step", "resume", "run", "simulate"]

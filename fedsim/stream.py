@@ -1,0 +1,296 @@
+"""Each client's stream of examples: drawn by its own law, changed by drift, a pure function of (seed, client, tick).
+
+Nothing a policy does can reach a stream, so policies are compared on identical examples.
+
+Exports: Activity, All, Bernoulli, Laws, Sampled, Serving, Stream.
+"""
+
+# C clients, N test examples, K cells, V values of the partition's key, J drifts, T ticks, B examples a tick
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedsim.drift import Cells, Draws, Drift, DriftSchedule
+from fedsim.fleet import Fleet
+from fedsim.partition import Shards
+from fedsim.randomness import rng_for, uniforms
+from fedsim.tasks import Dataset, Task
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Activity(ABC):
+    """Which clients are active at a tick; depends on the seed and the tick alone."""
+
+    @abstractmethod
+    def active(self, tick: int, num_clients: int, seed: int) -> NDArray[np.bool_]:
+        """Flags (C,)."""
+
+
+@dataclass(frozen=True)
+class All(Activity):
+    """Every client at every tick."""
+
+    def active(self, tick: int, num_clients: int, seed: int) -> NDArray[np.bool_]:
+        return np.ones(num_clients, bool)
+
+
+@dataclass(frozen=True)
+class Sampled(Activity):
+    """Exactly ``num`` clients, without replacement."""
+
+    num: int
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise ValueError(f"num must be at least 1 client, got {self.num!r}")
+
+    def active(self, tick: int, num_clients: int, seed: int) -> NDArray[np.bool_]:
+        if self.num > num_clients:
+            raise ValueError(f"Sampled asks for {self.num} active clients, but the fleet has {num_clients}")
+        order = np.argsort(_coins(tick, num_clients, seed), kind="stable")
+        return np.isin(np.arange(num_clients), order[: self.num])
+
+
+@dataclass(frozen=True)
+class Bernoulli(Activity):
+    """Each client with probability ``p``, independently."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p must lie in (0, 1], got {self.p!r}")
+
+    def active(self, tick: int, num_clients: int, seed: int) -> NDArray[np.bool_]:
+        return _coins(tick, num_clients, seed) < self.p
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """The time after deployment: ``ticks`` ticks in which each active client meets ``batch`` examples, under ``drift``.
+
+    ``labels="immediate"``: an example's label arrives in its own tick. Raises ``ValueError`` naming a field out of range.
+    """
+
+    ticks: int = 500
+    batch: int = 16
+    drift: Drift | tuple[Drift, ...] = ()
+    labels: Literal["immediate"] = "immediate"
+    activity: Activity = field(default_factory=All)
+
+    def __post_init__(self) -> None:
+        for name in ("ticks", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        object.__setattr__(self, "drift", (self.drift,) if isinstance(self.drift, Drift) else tuple(self.drift))
+        if not all(isinstance(d, Drift) for d in self.drifts):
+            raise ValueError(f"drift must be a Drift or several, got {self.drift!r}")
+        if self.labels != "immediate":
+            raise ValueError(f"labels must be 'immediate', got {self.labels!r}")
+        if not isinstance(self.activity, Activity):
+            raise ValueError(f"activity must be All(), Sampled(num) or Bernoulli(p), got {self.activity!r}")
+
+    @property
+    def drifts(self) -> tuple[Drift, ...]:
+        """The scenario, always as a tuple."""
+        return self.drift if isinstance(self.drift, tuple) else (self.drift,)
+
+    def active(self, tick: int, num_clients: int, seed: int) -> NDArray[np.bool_]:
+        """Flags (C,) of the clients that are active at ``tick``."""
+        return self.activity.active(tick, num_clients, seed)
+
+    def schedules(self, fleet: Fleet, seed: int) -> tuple[DriftSchedule, ...]:
+        """Who changes when, one schedule for each drift."""
+        return tuple(d.schedule(fleet, self.ticks, seed, part) for part, d in enumerate(self.drifts))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Laws:
+    """In-control laws: client c draws value ``values[v]`` of the test set's ``key`` with probability ``shares[c, v]``, uniformly inside it.
+
+    ``key=None`` is one value for all examples: the uniform law. Rows of ``shares`` (C, V) need not sum to 1.
+    """
+
+    key: str | None
+    values: Ints
+    shares: Floats
+
+    @classmethod
+    def of(cls, key: str | None, shards: Shards, train: Dataset, test: Dataset) -> "Laws":
+        """The shares of ``key``'s values in each client's training shard.
+
+        Raises ``ValueError`` for a client none of whose values occurs in the test set.
+        """
+        if key is None:
+            return cls(key=None, values=np.zeros(1, np.int64), shares=np.ones((len(shards), 1)))
+        values = np.unique(test.keys[key])
+        present = np.isin(train.keys[key], values)
+        position = np.where(present, np.searchsorted(values, train.keys[key]), len(values))
+        shares = shards.histogram(position, len(values) + 1)[:, :-1].astype(np.float64)
+        if not shares.any(axis=1).all():
+            client = int(np.argmin(shares.any(axis=1)))
+            reason = "holds no training example" if shards.sizes[client] == 0 else f"holds only values of {key!r} that the test split lacks"
+            raise ValueError(
+                f"client {client} {reason}, so there is nothing it could be served; choose another partition or a larger minimum"
+            )
+        return cls(key=key, values=values, shares=shares)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stream:
+    """Draws from the test set ``dataset`` by each client's law, under the drifts of ``schedules``; ``batch`` examples a tick.
+
+    Changes of a sampling law come before changes of the examples; within each kind, several drifts on a client apply in
+    the order of their starts. ``num_classes`` and ``domain_names`` where the test set may lack some. Raises ``ValueError`` for a change the data do not allow.
+    """
+
+    dataset: Dataset
+    laws: Laws
+    schedules: tuple[DriftSchedule, ...] = ()
+    batch: int
+    seed: int
+    num_classes: int = 0
+    domain_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.dataset) == 0:
+            raise ValueError("a stream needs test examples to draw from, got an empty dataset")
+        for schedule in self.schedules:
+            schedule.drift.change.check(self.dataset.inputs, self.cells)
+
+    @classmethod
+    def of(cls, task: Task, fleet: Fleet, serving: Serving, seed: int) -> "Stream":
+        """The fleet's stream: laws from its training shards, examples from the task's test split."""
+        train, test = task.data()
+        laws = Laws.of(fleet.partition.key, fleet.shards(train), train, test)
+        return cls(
+            dataset=test,
+            laws=laws,
+            schedules=serving.schedules(fleet, seed),
+            batch=serving.batch,
+            seed=seed,
+            num_classes=task.num_classes,
+            domain_names=tuple(task.domain_names),
+        )
+
+    def draw(self, client: int, first_tick: int, num_ticks: int) -> tuple[NDArray[np.floating], Ints]:
+        """Inputs (T, B, ...) and targets (T, B) of ticks ``first_tick`` .. ``first_tick + num_ticks - 1``."""
+        return self.draw_at(client, np.arange(first_tick, first_tick + num_ticks))
+
+    def draw_at(self, client: int, ticks: ArrayLike) -> tuple[NDArray[np.floating], Ints]:
+        """Inputs (T, B, ...) and targets (T, B) of any ``ticks`` (T,): a tick's draws do not depend on the others asked for."""
+        ticks = np.asarray(ticks, np.int64)
+        mixes = [(j, self.schedules[j].strength(client, ticks, self.batch, self.seed, j)) for j in self._order(client)]
+        rows = self._rows(client, ticks, mixes)
+        inputs, targets = self.dataset.inputs[rows], self.dataset.targets[rows]
+        for j, strength in mixes:
+            if strength.any():
+                draws = Draws(seed=self.seed, client=client, ticks=ticks, batch=self.batch, part=j, num_classes=self.cells.num_classes)
+                inputs, targets = self.schedules[j].drift.change.apply(inputs, targets, strength, draws)
+        return inputs, targets
+
+    @cached_property
+    def changes(self) -> Ints:
+        """First tick (C, J) from which each drift makes a difference to each client, -1 for never. Not for policies.
+
+        A drift that leaves a client's law as it was (a switch to the domain it lives in) counts as none.
+        """
+        found = np.full((len(self.laws.shares), len(self.schedules)), -1, np.int64)
+        for client in np.flatnonzero([self._order(c) != () for c in range(len(found))]):
+            weights = self.law(int(client))
+            for j in self._order(int(client)):
+                change = self.schedules[j].drift.change
+                if change.alters(weights, self.cells, self._law_rng(j, int(client))):
+                    found[client, j] = self.schedules[j].nu[client]
+                weights = change.law(weights, self.cells, self._law_rng(j, int(client)))
+        return found
+
+    @cached_property
+    def change_points(self) -> Ints:
+        """nu (C,): the first tick at which each client's law differs from the one it started with, -1 for never."""
+        never = np.iinfo(np.int64).max
+        first = np.where(self.changes < 0, never, self.changes).min(axis=1, initial=never)
+        return np.where(first == never, -1, first)
+
+    def law(self, client: int, drifts: Iterable[int] = ()) -> Floats:
+        """Probability of each cell (K,) for a client, after the changes of ``drifts`` in the order given."""
+        weights: Floats = self.laws.shares[client][self._value_of_cell] * self._share_of_value
+        weights /= weights.sum()
+        for j in drifts:
+            weights = self.schedules[j].drift.change.law(weights, self.cells, self._law_rng(j, client))
+        return weights
+
+    @cached_property
+    def cells(self) -> Cells:
+        """The test set cut into groups of examples alike in the partition's key, label and domain."""
+        _, first, counts = np.unique(self._columns, axis=1, return_index=True, return_counts=True)
+        labels, domains = self._columns[1, first], self._columns[2, first]
+        keys = self.dataset.keys
+        return Cells(
+            labels=labels,
+            domains=domains,
+            counts=counts,
+            num_classes=max(self.num_classes, int(labels.max()) + 1) if "label" in keys else 0,
+            num_domains=max(len(self.domain_names), int(domains.max()) + 1) if "domain" in keys else 0,
+            domain_names=self.domain_names,
+        )
+
+    def _rows(self, client: int, ticks: Ints, mixes: list[tuple[int, Floats]]) -> Ints:
+        """Test examples (T, B) to draw: the law is chosen by which drifts hold for an example, then a cell, then one of its members."""
+        coins = uniforms(self.seed, "stream", np.full(len(ticks), client), ticks, 2 * self.batch)
+        which, member = coins[:, : self.batch], coins[:, self.batch :]
+        pattern = np.zeros(which.shape, np.int64)
+        for bit, (_, strength) in enumerate(mixes):
+            pattern |= (strength > 0).astype(np.int64) << bit
+        cell = np.empty(which.shape, np.int64)
+        for code in np.unique(pattern):
+            law = self.law(client, [j for bit, (j, _) in enumerate(mixes) if code >> bit & 1])
+            cumulative = np.cumsum(law)
+            here = pattern == code
+            cell[here] = np.searchsorted(cumulative / cumulative[-1], which[here], side="right")
+        counts = self.cells.counts
+        return np.asarray(self._members[(np.cumsum(counts) - counts)[cell] + (member * counts[cell]).astype(np.int64)])
+
+    def _order(self, client: int) -> tuple[int, ...]:
+        """The drifts that ever hit a client, by start, then by place in the scenario."""
+        starts = [int(s.nu[client]) for s in self.schedules]
+        return tuple(sorted((j for j, nu in enumerate(starts) if nu >= 0), key=lambda j: (starts[j], j)))
+
+    def _law_rng(self, drift: int, client: int) -> np.random.Generator:
+        return rng_for(self.seed, "drift-law", drift, client)
+
+    @cached_property
+    def _columns(self) -> Ints:
+        """Partition value, label and domain of every test example, (3, N); 0 where the data have no such key."""
+        keys = self.dataset.keys
+        nothing = np.zeros(len(self.dataset), np.int64)
+        value = nothing if self.laws.key is None else np.searchsorted(self.laws.values, keys[self.laws.key])
+        return np.stack([value, keys.get("label", nothing), keys.get("domain", nothing)]).astype(np.int64)
+
+    @cached_property
+    def _members(self) -> Ints:
+        """Test examples (N,) sorted by cell, by number inside a cell."""
+        return np.lexsort(self._columns[::-1])
+
+    @cached_property
+    def _value_of_cell(self) -> Ints:
+        first = self._members[np.cumsum(self.cells.counts) - self.cells.counts]
+        return np.asarray(self._columns[0, first])
+
+    @cached_property
+    def _share_of_value(self) -> Floats:
+        """Share (K,) of each cell among the examples of its partition value."""
+        return self.cells.counts / np.bincount(self._value_of_cell, self.cells.counts)[self._value_of_cell]
+
+
+def _coins(tick: int, num_clients: int, seed: int) -> Floats:
+    return uniforms(seed, "active", np.arange(num_clients), tick, 1)[:, 0]

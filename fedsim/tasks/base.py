@@ -1,0 +1,157 @@
+"""A task = data + model + a loss for every example.
+
+Exports :class:`Task`, the data it yields (:class:`Dataset`, :class:`Splits`, :class:`Batch`) and :func:`hold_out`.
+"""
+
+# N examples of a data set, B of a batch, K classes
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+
+class Batch(NamedTuple):
+    """Inputs (B, ...) and targets (B,) of some examples."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Inputs (N, ...), targets (N,) and integer ``keys`` (N,) by which examples can be partitioned or drawn.
+
+    One-dimensional targets are also the key "label" unless another is given. Raises ``ValueError`` for arrays of unequal
+    length, for keys that are not integers and, naming the first index, for inputs that are not finite.
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
+    keys: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keys = dict(self.keys)
+        if "label" not in keys and self.targets.ndim == 1 and self.targets.dtype.kind in "iu":
+            keys["label"] = self.targets
+        for name, values in {"targets": self.targets, **keys}.items():
+            if len(values) != len(self.inputs):
+                raise ValueError(f"{name} has {len(values)} entries for {len(self.inputs)} inputs; there must be one for each")
+        for name, values in keys.items():
+            if values.ndim != 1 or values.dtype.kind not in "iu":
+                raise ValueError(f"key {name!r} must hold one integer an example, got shape {values.shape} of {values.dtype}")
+        check_finite(self.inputs, "inputs")
+        object.__setattr__(self, "keys", keys)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, indices: ArrayLike) -> Batch:
+        """The examples at ``indices`` (B,), copied."""
+        rows = np.asarray(indices, np.int64)
+        return Batch(torch.from_numpy(self.inputs[rows]), torch.from_numpy(self.targets[rows]))
+
+
+class Splits(NamedTuple):
+    """Examples to train on (the fleet's shards) and examples never trained on (evaluation, served streams)."""
+
+    train: Dataset
+    test: Dataset
+
+
+class Task:
+    """Base of tasks, for classification; a user's own is a frozen dataclass with ``num_classes``, ``load`` and ``build``.
+
+    Other tasks also override ``losses`` and ``correct``.
+    """
+
+    num_classes: int
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """Names of the values of the key "domain"; one nameless domain unless a task says otherwise."""
+        return ("",)
+
+    def load(self) -> Splits:
+        """The data: a function of the task's fields. Called through :meth:`data`, once in a process."""
+        raise NotImplementedError(f"{type(self).__name__} must define load() -> Splits")
+
+    def build(self, seed: int) -> nn.Module:
+        """An untrained model whose parameters are a function of ``seed`` alone; leaves torch's global generator as it was."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(seed) -> Module")
+
+    def data(self) -> Splits:
+        """:meth:`load`, kept for the last few equal tasks (for the same object, where a task cannot be hashed)."""
+        key = self._key()
+        if key in _LOADED:
+            _LOADED.move_to_end(key)
+            return _LOADED[key][1]
+        splits = self.load()
+        _LOADED[key] = (self, splits)
+        while len(_LOADED) > _MOST_LOADED:
+            _LOADED.popitem(last=False)
+        return splits
+
+    @property
+    def example(self) -> Tensor:
+        """One training input (1, ...), for tracing a model."""
+        return self.data().train.batch([0]).inputs
+
+    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Unnormalised log-probabilities (B, K)."""
+        logits: Tensor = model(inputs)
+        return logits
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy of each example (B,), in nats."""
+        return F.cross_entropy(self.logits(model, batch.inputs), batch.targets, reduction="none")
+
+    def correct(self, model: nn.Module, batch: Batch) -> Tensor:
+        """1.0 where the most probable class is the target, else 0.0 (B,); its mean is the accuracy."""
+        return (self.logits(model, batch.inputs).argmax(-1) == batch.targets).float()
+
+    def _key(self) -> Any:
+        try:
+            hash(self)
+        except TypeError:
+            return id(self)
+        return self
+
+
+def hold_out(labels: NDArray[np.int64], share: float, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices to train on and to hold out, ascending; ``share`` of each label (rounded) is held out."""
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        held[rng.permutation(members)[: round(share * len(members))]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def check_share(name: str, share: float) -> None:
+    """``ValueError`` unless ``share`` lies strictly between 0 and 1."""
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"{name} must lie between 0 and 1, got {share!r}")
+
+
+def check_finite(inputs: NDArray[Any], what: str) -> None:
+    """``ValueError`` naming the first example of ``inputs`` (N, ...) that holds a NaN or an infinity."""
+    if inputs.dtype.kind != "f" or not inputs.size:
+        return
+    with np.errstate(invalid="ignore"):
+        sums = inputs.reshape(len(inputs), -1).sum(axis=1, dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(sums))
+    if len(bad):
+        raise ValueError(
+            f"{what}[{bad[0]}] is not finite ({len(bad)} of {len(inputs)} examples hold NaN or infinity); remove or repair them"
+        )
+
+
+# Values keep their task alive, so that an id used as a key cannot be given to another object.
+_LOADED: OrderedDict[Any, tuple[Task, Splits]] = OrderedDict()
+_MOST_LOADED = 4

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+
+from detection import CUSUM, Gaussian, RunLengths, ScoreCUSUM, Singleton, block_bootstrap, exact_run_length, likelihood_increment, threshold_for
+
+NULL, SHIFTED = Gaussian(0.0, 1.0), Gaussian(1.0, 1.0)
+INCREMENT = likelihood_increment(NULL, SHIFTED)
+
+
+def true_ratio(threshold, arl):
+    return exact_run_length(INCREMENT, NULL, threshold) / arl
+
+
+def simulated_arl(detector, law, streams, ticks, seed):
+    """Total ticks over alarms, each stream restarted after its alarm."""
+    rng, state, alarms = np.random.default_rng(seed), detector.init(streams), 0
+    for _ in range(ticks):
+        state = detector.step(state, law.sample(rng, streams))
+        fired = detector.alarms(state)
+        alarms += int(fired.sum())
+        state = detector.restart(state, fired)
+    return streams * ticks / alarms
+
+
+@pytest.mark.parametrize("post", [SHIFTED, Gaussian(0.5, 1.8)])
+def test_a_threshold_calibrated_for_a_thousand_ticks_keeps_its_promise_when_simulated_afresh(post):
+    detector = ScoreCUSUM.fit(pre=Singleton(NULL), post=Singleton(post), arl=1000)
+    assert simulated_arl(detector, NULL, 2000, 2000, seed=0) == pytest.approx(1000, rel=0.05)
+
+
+def test_a_threshold_calibrated_for_ten_thousand_ticks_keeps_its_promise_when_simulated_afresh():
+    detector = ScoreCUSUM.fit(pre=Singleton(NULL), post=Singleton(SHIFTED), arl=10_000)
+    assert simulated_arl(detector, NULL, 10_000, 1000, seed=1) == pytest.approx(10_000, rel=0.1)
+
+
+@pytest.mark.parametrize(("arl", "plain", "certified"), [(1_000, (0.984, 0.04), (1.035, 0.04)), (10_000, (0.95, 0.12), (1.07, 0.15))])
+def test_one_pass_of_censored_paths_finds_the_threshold_even_beyond_its_horizon(arl, plain, certified):
+    runs = [RunLengths.of(INCREMENT(np.random.default_rng(seed).standard_normal((2000, 1000)))) for seed in range(3)]
+    assert np.mean([true_ratio(r.threshold(arl, certified=False), arl) for r in runs]) == pytest.approx(plain[0], abs=plain[1])
+    assert np.mean([true_ratio(r.threshold(arl), arl) for r in runs]) == pytest.approx(certified[0], abs=certified[1])
+
+
+def test_the_truncated_mean_at_a_horizon_equal_to_the_target_is_low_by_a_third():
+    threshold = CUSUM.fit(pre=Singleton(NULL), post=Singleton(SHIFTED), arl=1000, clip=None).threshold
+    runs = RunLengths.of(INCREMENT(np.random.default_rng(0).standard_normal((2000, 1000))))
+    ticks, _ = runs.counts(threshold)
+    truncated = ticks / 2000
+    assert truncated == pytest.approx(1000 * (1 - 0.37), rel=0.04)
+    assert runs.average(threshold) == pytest.approx(1000, rel=0.08)
+
+
+def test_run_lengths_count_the_first_crossing_and_censor_the_rest():
+    runs = RunLengths.of(np.array([[1.0, 1.0, -5.0, 0.0], [0.0, 0.0, 0.0, 0.5]]))
+    assert runs.counts(2.0) == (2 + 4, 1)
+    assert runs.counts(0.5) == (1 + 4, 2)
+    assert runs.average(2.0) == 6.0
+    assert np.isnan(runs.average(3.0))
+    assert runs.certified(3.0) == pytest.approx(8 / -np.log(0.05))
+
+
+def test_simulated_thresholds_agree_with_exact_ones_and_cover_every_law():
+    laws = [NULL, Gaussian(0.2, 1.0)]
+    simulated = threshold_for(INCREMENT, laws, 500, method="simulate", rng=np.random.default_rng(0), certified=False)
+    assert simulated == pytest.approx(threshold_for(INCREMENT, laws[1:], 500), rel=0.02)
+
+
+def test_vector_streams_are_calibrated_by_simulation():
+    pre, post = Gaussian((0.0, 0.0), 1.0), Gaussian((1.0, 0.0), (1.0, 1.5))
+    detector = ScoreCUSUM.fit(pre=Singleton(pre), post=Singleton(post), arl=300, clip=None, method="simulate", rng=np.random.default_rng(0))
+    assert simulated_arl(detector, pre, 1000, 2000, seed=5) == pytest.approx(315, rel=0.08)
+
+
+def test_resampled_blocks_keep_the_dependence_that_fools_the_exact_chain():
+    rng, phi = np.random.default_rng(0), 0.3
+    x = rng.standard_normal((200, 1100))
+    for t in range(1, x.shape[1]):
+        x[:, t] = phi * x[:, t - 1] + np.sqrt(1 - phi**2) * x[:, t]
+    x = x[:, 100:]
+    bootstrap = threshold_for(INCREMENT, [], 500, method="bootstrap", streams=x, rng=rng, certified=False)
+    exact = threshold_for(INCREMENT, [NULL], 500)
+    runs = RunLengths.of(INCREMENT(x))
+    assert runs.average(exact) < 250
+    assert runs.average(bootstrap) > 350
+
+
+def test_resampled_blocks_are_pieces_of_one_stream():
+    streams = np.arange(20).reshape(2, 10)
+    paths = block_bootstrap(streams, 50, 40, np.random.default_rng(0)).astype(int)
+    follows = (paths[:, 1:] // 10 == paths[:, :-1] // 10) & (paths[:, 1:] % 10 == (paths[:, :-1] + 1) % 10)
+    assert follows.mean() == pytest.approx(1 - 10 ** (-1 / 3) * 0.95, abs=0.03)
+    assert block_bootstrap(np.zeros((2, 10, 3)), 5, 7, np.random.default_rng(0)).shape == (5, 7, 3)
+
+
+def test_the_floor_is_the_logarithm_and_looser_than_the_exact_threshold():
+    floor = threshold_for(INCREMENT, [NULL], 1000, method="floor")
+    assert floor == pytest.approx(np.log(1000))
+    assert true_ratio(floor, 1000) == pytest.approx(6.35, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "guess"}, "method must be one of"),
+        ({"method": "simulate"}, "pass rng"),
+        ({"method": "bootstrap", "rng": np.random.default_rng(0)}, "pass streams"),
+        ({"method": "simulate", "rng": np.random.default_rng(0), "paths": 10, "horizon": 10}, "longer watching than 100 ticks"),
+    ],
+)
+def test_calibration_without_what_it_needs_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        threshold_for(INCREMENT, [NULL], 1000, **options)
+
+
+def test_a_promise_below_two_ticks_is_refused_by_every_method():
+    for method in ("exact", "simulate", "bootstrap", "floor"):
+        with pytest.raises(ValueError, match="arl must be at least 2"):
+            threshold_for(INCREMENT, [NULL], 1.9, method=method)
