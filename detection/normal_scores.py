@@ -17,6 +17,7 @@ from detection.laws import Array
 Mask = NDArray[np.bool_]
 _POOL = 2**16  # order statistics kept of the pooled residuals: finer than a clip at 4 can tell
 _MAD, _HUBER = 1.4826, 1.345
+_FOREIGN_DEGREES = 4.0  # what the fleet's variance is worth against a client that contradicts it
 SCALES = ("log", "identity")
 
 
@@ -81,11 +82,35 @@ class Prior:
 
     def shrunk(self, location: Array, deviation: Array, counts: NDArray[np.int64]) -> tuple[Array, Array]:
         """Clients' locations and deviations pulled towards the fleet's, the more the fewer their ``counts``."""
-        own = np.where(counts > 0, 1.0 if self.strength == 0 else 1.0 / (1.0 + self.strength / np.maximum(counts, 1)), 0.0)
-        freedom = np.maximum(counts - 1, 0)
-        kept = freedom / (freedom + self.degrees) if isfinite(self.degrees) else np.zeros(len(counts))
-        variance = self.variance + kept * (np.where(freedom > 0, deviation**2, self.variance) - self.variance)
-        return self.mean + own * (np.where(counts > 0, location, self.mean) - self.mean), np.sqrt(variance)
+        scale = self._scale(deviation, counts, np.full(len(counts), self.degrees))
+        return self._place(location, counts, np.full(len(counts), self.strength)), scale
+
+    def shrunk_unless_contradicted(self, location: Array, deviation: Array, counts: NDArray[np.int64]) -> tuple[Array, Array]:
+        """As :meth:`shrunk`, but a client whose own values leave the fleet's law behind is pulled less: its spread between clients is then
+        its own squared distance (positive-part James-Stein), its variance is held by few degrees of freedom."""
+        ratio, noise = self._log_ratio(deviation, counts)
+        spread = polygamma(1, self.degrees / 2) if isfinite(self.degrees) else 0.0
+        foreign = ratio**2 > 4 * (noise + spread)
+        scale = self._scale(deviation, counts, np.where(foreign, min(self.degrees, _FOREIGN_DEGREES), self.degrees))
+        error = scale**2 / np.maximum(counts, 1)
+        distance = (location - self.mean) ** 2 - error
+        strength = np.minimum(self.strength, np.divide(scale**2, distance, out=np.full(len(counts), inf), where=distance > 0))
+        return self._place(location, counts, strength), scale
+
+    def _place(self, location: Array, counts: NDArray[np.int64], strength: Array) -> Array:
+        own = np.where(counts > 0, 1.0 / (1.0 + strength / np.maximum(counts, 1)), 0.0)
+        return self.mean + own * (np.where(counts > 0, location, self.mean) - self.mean)
+
+    def _scale(self, deviation: Array, counts: NDArray[np.int64], degrees: Array) -> Array:
+        own = np.maximum(counts - 1, 0) / (np.maximum(counts - 1, 0) + degrees)
+        return np.sqrt(self.variance + own * (np.where(counts > 1, deviation**2, self.variance) - self.variance))
+
+    def _log_ratio(self, deviation: Array, counts: NDArray[np.int64]) -> tuple[Array, Array]:
+        """Logarithm of each client's variance over the fleet's, without bias, and its sampling variance; 0 where there is no variance."""
+        half = np.maximum(counts - 1, 1) / 2
+        known = (counts > 1) & (deviation > 0)
+        logs = 2 * np.log(np.where(known, deviation, 1.0)) - np.log(self.variance) - digamma(half) + np.log(half)
+        return np.where(known, logs, 0.0), polygamma(1, half)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,7 +151,7 @@ class FittedScores:
 
     def refit(self, rows: Mask, losses: ArrayLike, observed: Mask | None = None) -> "FittedScores":
         """Location and scale of the clients in ``rows`` (N,) learned anew from their in-control ``losses`` (rows.sum(), n), shrunk towards
-        the same fleet; pooled shape, prior and every other client keep their bits. Raises as :meth:`NormalScores.fit` does."""
+        the same fleet unless they contradict it (a changed client may have left the fleet's law); pooled shape, prior and every other client keep their bits. Raises as :meth:`NormalScores.fit` does."""
         rows = np.asarray(rows)
         if rows.dtype != np.bool_ or rows.shape != self.location.shape:
             raise ValueError(f"rows must be booleans of shape {self.location.shape}, got {rows.dtype} of shape {rows.shape}")
@@ -137,7 +162,7 @@ class FittedScores:
         y = _transformed(losses, self.floor, self.config.scale)
         location, deviation, down = _moments(y, observed, robust=self.config.robust)
         counts = observed.sum(axis=1)
-        location, deviation = self.prior.shrunk(location, deviation, counts)
+        location, deviation = self.prior.shrunk_unless_contradicted(location, deviation, counts)
         return replace(
             self,
             location=_replaced(self.location, rows, location),

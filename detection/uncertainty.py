@@ -90,7 +90,7 @@ def confidence_box(n: int, confidence: float = 0.95) -> GaussianBox:
     """What ``n`` calibration values leave undecided about a stream that was standardised by them: the pre-change set.
 
     ``|m| <= q / sqrt(n)`` and ``(1 - q / sqrt(2 n))^2 <= v <= (1 + q / sqrt(2 n))^2`` with ``q`` the normal quantile of ``confidence``:
-    each end holds with that probability. Raises ``ValueError`` for ``n < 2`` and for so little data that the lower end is not above 0.
+    each end holds with that probability for large ``n`` (the upper variance with 0.92 for ``n = 100`` at 0.95). Raises ``ValueError`` for ``n < 2`` and for so little data that the lower end is not above 0.
     """
     from scipy.special import ndtri
 
@@ -108,7 +108,8 @@ def default_post(pre: GaussianBox, *, harm: float = 0.75, worst: float = 4.0) ->
     """Every upward shift of at least ``harm`` (in units of ``x``), with a variance interval that reaches over that of ``pre``.
 
     The least favourable pair then has one common variance, its statistic is linear, and the drift margins hold for every ``pre`` whose
-    means stay below ``harm``. Raises ``ValueError`` when they do not: too few calibration values for a harm this small.
+    means stay below ``harm`` (by a little more where observations are clipped). Raises ``ValueError`` when they do not: too few
+    calibration values for a harm this small.
     """
     if pre.mean[1] >= harm:
         raise ValueError(

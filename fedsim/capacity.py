@@ -38,7 +38,7 @@ class Capacity:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive or None, got {value}")
 
-    def levels(self, fleet: Fleet, sizes: NDArray[np.int64], flops: NDArray[np.float64]) -> NDArray[np.int64]:
+    def levels(self, fleet: Fleet, sizes: NDArray[np.int64], flops: NDArray[np.int64]) -> NDArray[np.int64]:
         """Index (C,) of the largest submodel each client holds, among levels of ``sizes`` bytes and ``flops`` a forward pass.
 
         Both are (L,), or (C, L) where clients have submodels of their own, ordered from dense to smallest. Raises
@@ -58,7 +58,7 @@ class Capacity:
         if not fits.any(axis=1).all():
             client = int(np.argmin(fits.any(axis=1)))
             raise CapacityError(self._refusal(fleet, client, int(sizes[client, -1]), float(flops[client, -1])))
-        return np.argmax(fits, axis=1)
+        return np.asarray(np.argmax(fits, axis=1))
 
     def _shares(self, fleet: Fleet, smallest: float) -> NDArray[np.float64]:
         """Share (C,) of the dense model each device may hold, between ``smallest`` and 1."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -17,7 +18,7 @@ def forward_flops(model: nn.Module, example: Tensor) -> int:
     model.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(example)
+            functional_call(model, {name: p.detach() for name, p in model.named_parameters()}, (example,))
     finally:
         model.train(was_training)
     return int(counter.get_total_flops())

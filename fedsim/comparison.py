@@ -89,13 +89,13 @@ class PolicyComparison:
         others = [name for name in self.scores if name != reference]
         return aligned([f"{figure}, minus {reference}", "mean [95 %]"], [[n, str(self.paired(n, reference, figure))] for n in others])
 
-    def report(self) -> Path:
-        """Write ``comparison.html`` with figures; the path of the page. Needs matplotlib."""
+    def report(self, path: Path | None = None) -> Path:
+        """Write a page with figures, ``comparison.html`` beside the runs by default; its path. Needs matplotlib."""
         from fedsim.runs.report import comparison_report
 
         accuracy = {name: self._accuracy(runs) for name, runs in self.runs.items()}
         details = {"Paired differences": self.differences()} if len(self.scores) > 1 else {}
-        return comparison_report(self.scores, self.path / "comparison.html", accuracy=accuracy, details=details)
+        return comparison_report(self.scores, path or self.path / "comparison.html", accuracy=accuracy, details=details)
 
     def _accuracy(self, runs: tuple[Run, ...]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Ticks (T,) and accuracies (seeds, T) of the clients that change."""

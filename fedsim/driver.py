@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim import stages
-from fedsim.deployment import Deployed
 from fedsim.encoding import packages_of
 from fedsim.records import Record
 from fedsim.runs.progress import Progress
@@ -24,6 +23,7 @@ from fedsim.runtime.executor import Executor
 from fedsim.serving import TICKS_PER_BLOCK, Memo
 from fedsim.simulation import Simulation, deploy_stage, deployment_record, serve_steps, train_steps, world
 from fedsim.stages import StageStore
+from fedsim.submodels import Deployed
 
 ROUNDS_PER_CHECKPOINT = 10
 _TRAIN_TABLES, _SERVE_TABLES = ("rounds", "clients"), ("ticks", "events")

@@ -78,7 +78,7 @@ def save(path: str | Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, __header__=np.frombuffer(header, np.uint8), **arrays)
+            np.savez(file, allow_pickle=False, __header__=np.frombuffer(header, np.uint8), **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -159,7 +159,8 @@ def _digest(tree: Any, arrays: Arrays) -> str:
     code = hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16)
     for name, array in arrays.items():
         code.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        code.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.size else b"")
+        if array.size:
+            code.update(np.ascontiguousarray(array).tobytes())
     return code.hexdigest()
 
 

@@ -48,5 +48,5 @@ class WorkerError(FedsimError):
     """A worker could not start, or a unit of work was lost too often; the message names stage, unit and causes."""
 
 
-def _rebuild(kind: type, message: str, client: int, round: int, step: int | None) -> Exception:
+def _rebuild(kind: type[DivergedError] | type[ClientError], message: str, client: int, round: int, step: int | None) -> Exception:
     return kind(message, client=client, round=round, step=step)

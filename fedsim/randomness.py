@@ -51,7 +51,7 @@ def normals(seed: int, purpose: str, clients: ArrayLike, index: ArrayLike, size:
     """Standard normal draws (C, size), by the inverse distribution function of :func:`uniforms`."""
     from scipy.special import ndtri
 
-    return ndtri(uniforms(seed, purpose, clients, index, size, part=part) + 2.0**-54)
+    return np.asarray(ndtri(uniforms(seed, purpose, clients, index, size, part=part) + 2.0**-54))
 
 
 def permutations(seed: int, purpose: str, clients: ArrayLike, index: ArrayLike, lengths: ArrayLike, *, part: int = 0) -> NDArray[np.int64]:

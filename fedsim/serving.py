@@ -232,7 +232,7 @@ class Server:
 
     def _view(self, state: ServingState) -> View:
         fleet = self.simulation.fleet
-        seen = {
+        seen: dict[str, Any] = {
             "tick": state.tick,
             "statistic": state.monitor.detector.statistic,
             "recent_loss": state.recent_loss,

@@ -135,28 +135,37 @@ def _subsets(candidates: Candidates, able: NDArray[np.int64], size: int) -> tupl
 
 
 def _prefix_tables(candidates: Candidates, orders: NDArray[np.int64], largest: int) -> tuple[Flags, Floats]:
-    """The tables (R, G + 1) of all orders at once; their entries of size two and more."""
-    count = len(orders)
+    """The tables (R, G + 1) of all orders at once; for each order and client, the best group of two or more that its arrival made.
+
+    Those groups hold the tables' best, and its near-ties: the final tables alone would hold the same group in every order.
+    """
+    count, rows = len(orders), np.arange(len(orders))
     pooled = np.zeros((count, largest + 1, candidates.counts.shape[1]))
     spent = np.full((count, largest + 1), np.inf)
     spent[:, 0] = 0.0
     best = np.full((count, largest + 1), np.inf)
     members = np.zeros((count, largest + 1, len(candidates.counts)), bool)
+    made: list[tuple[Flags, Floats]] = []
     for step in range(orders.shape[1]):
         new = orders[:, step]
         filled = min(step + 1, largest)
         joined = pooled[:, :filled] + candidates.counts[new][:, None]
         cost = spent[:, :filled] + candidates.costs[new][:, None]
         distances = group_distance(joined, candidates.law, candidates.distance)
-        distances[cost > candidates.budget] = np.inf
+        distances[(cost > candidates.budget) | np.isinf(cost)] = np.inf
+        if filled > 1:
+            before = 1 + np.argmin(distances[:, 1:], axis=1)
+            groups = members[rows, before]
+            groups[rows, new] = True
+            made.append((groups, distances[rows, before]))
         better = distances < best[:, 1 : filled + 1]
         order, size = np.nonzero(better)
         grown = members[order, size]
         grown[np.arange(len(order)), new[order]] = True
         members[order, size + 1] = grown
         pooled[order, size + 1], spent[order, size + 1], best[order, size + 1] = joined[better], cost[better], distances[better]
-    found = np.isfinite(best[:, 2:])
-    return members[:, 2:][found], best[:, 2:][found]
+    found, far = np.concatenate([g for g, _ in made]), np.concatenate([d for _, d in made])
+    return found[np.isfinite(far)], far[np.isfinite(far)]
 
 
 def _exchanged(candidates: Candidates, members: Flags) -> Flags:

@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 
-from detection import FiniteSet, Gaussian, GaussianBox, Singleton, confidence_box, default_post, fisher_divergence, least_favourable, score_increment
+from detection import (
+    FiniteSet,
+    Gaussian,
+    GaussianBox,
+    Singleton,
+    confidence_box,
+    default_post,
+    fisher_divergence,
+    least_favourable,
+    score_increment,
+)
 from detection.least_favourable import closest
 
 
@@ -87,7 +97,7 @@ def test_finite_sets_are_searched_pair_by_pair():
     assert vectors.divergence == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("n", [5, 10, 20, 30, 100, 300, 10_000])
+@pytest.mark.parametrize("n", [8, 10, 20, 30, 100, 300, 10_000])
 def test_the_default_harm_leaves_margins_for_any_number_of_calibration_values(n):
     pre = confidence_box(n)
     pair = least_favourable(pre, default_post(pre), clip=4.0)
@@ -101,13 +111,13 @@ def test_a_plain_post_change_box_suits_the_usual_calibration_sizes(n):
 
 
 def test_the_confidence_box_holds_the_errors_of_calibration():
-    rng, n = np.random.default_rng(0), 100
-    x = rng.standard_normal((20_000, n))
+    rng, n = np.random.default_rng(0), 1000
+    x = rng.standard_normal((5_000, n))
     mean, variance = -x.mean(axis=1) / x.std(axis=1, ddof=1), 1 / x.var(axis=1, ddof=1)
     box = confidence_box(n)
-    assert np.mean(mean <= box.mean[1]) == pytest.approx(0.95, abs=0.01)
+    assert np.mean(mean <= box.mean[1]) == pytest.approx(0.95, abs=0.015)
     assert np.mean(variance <= box.variance[1]) == pytest.approx(0.95, abs=0.02)
-    assert box.variance[1] == pytest.approx((1 + 1.6448536 / np.sqrt(200)) ** 2)
+    assert box.variance[1] == pytest.approx((1 + 1.6448536 / np.sqrt(2000)) ** 2)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,9 @@ def test_moments_of_vector_quadratics_agree_with_samples_and_with_the_scalar_for
     assert increment.log_moment(law) == pytest.approx(np.log(np.exp(z).mean()), rel=0.01)
     scalar, pre, post = Gaussian(0.3, 1.4), Gaussian(0.0, 1.0), Gaussian(1.0, 2.0)
     vector = [Gaussian((g.mean,), (g.variance,)) for g in (pre, post, scalar)]
-    assert score_increment(vector[0], vector[1]).log_moment(vector[2], 0.4) == pytest.approx(score_increment(pre, post).log_moment(scalar, 0.4))
+    assert score_increment(vector[0], vector[1]).log_moment(vector[2], 0.4) == pytest.approx(
+        score_increment(pre, post).log_moment(scalar, 0.4)
+    )
 
 
 @pytest.mark.parametrize("post", [Gaussian(1.0, 1.0), Gaussian(0.0, 2.0), Gaussian(0.7, 0.8)])

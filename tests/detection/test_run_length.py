@@ -8,7 +8,7 @@ NULL, SHIFTED = Gaussian(0.0, 1.0), Gaussian(1.0, 1.0)
 REFERENCE = likelihood_increment(NULL, SHIFTED)  # z = x - 0.5: the textbook's CUSUM with k = 0.5
 
 
-def simulated_run_length(increment, law, threshold, streams=4000, seed=0):
+def simulated_run_length(increment, law, threshold, streams=2000, seed=0):
     """Mean ticks to the first alarm of `streams` paths, each watched to its end."""
     rng = np.random.default_rng(seed)
     statistic, lengths = np.zeros(streams), []
@@ -61,7 +61,9 @@ def test_the_run_length_of_a_linear_vector_statistic_is_that_of_its_projection()
 def test_the_exact_threshold_gives_the_run_length_asked_for(arl):
     threshold = exact_threshold(REFERENCE, [NULL], arl)
     assert threshold <= np.log(arl)
-    assert exact_run_length(REFERENCE, NULL, threshold) == pytest.approx(max(arl, exact_run_length(REFERENCE, NULL, 1e-3 * np.log(arl))), rel=1e-5)
+    assert exact_run_length(REFERENCE, NULL, threshold) == pytest.approx(
+        max(arl, exact_run_length(REFERENCE, NULL, 1e-3 * np.log(arl))), rel=1e-5
+    )
 
 
 def test_the_exact_threshold_serves_the_worst_of_several_laws():

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from detection import CUSUM, DetectorState, Gaussian, GaussianBox, RobustScoreCUSUM, ScoreCUSUM, Singleton, confidence_box, fisher_divergence
+from detection import (
+    CUSUM,
+    DetectorState,
+    Gaussian,
+    GaussianBox,
+    RobustScoreCUSUM,
+    ScoreCUSUM,
+    Singleton,
+    confidence_box,
+    fisher_divergence,
+)
 
 NULL, SHIFTED = Gaussian(0.0, 1.0), Gaussian(1.0, 1.0)
 DETECTORS = [

@@ -273,7 +273,9 @@ def test_bad_schedules_are_refused_by_name(make, match):
         make()
 
 
-@pytest.mark.parametrize("schedule", [Uniform(interval=4), DynamicFL(budget=Bytes(10**9), search=Exact()), FastestGroup(size=4), Intervals.explicit([2, 5])])
+@pytest.mark.parametrize(
+    "schedule", [Uniform(interval=4), DynamicFL(budget=Bytes(10**9), search=Exact()), FastestGroup(size=4), Intervals.explicit([2, 5])]
+)
 def test_schedules_survive_encoding(schedule):
     assert decode(*encode(schedule)) == schedule
 

@@ -89,7 +89,7 @@ def test_the_gate_gradient_is_the_derivative_of_the_loss_along_the_structures_ou
         for factor in (1 + 1e-5, 1 - 1e-5):
             scaled = copy.deepcopy(model)
             scaled.get_parameter(piece.parameter).data[:, piece.indices[0]] *= factor
-            values.append(float(losses(scaled, batch).mean()))
+            values.append(losses(scaled, batch).mean().item())
         assert abs(values[0] - values[1]) / 2e-5 == pytest.approx(score, abs=1e-9)
 
 
