@@ -145,11 +145,12 @@ def compare(
 
 
 @main.command()
-def demo(out: Out = Path("runs")) -> None:
+def demo(out: Out = Path("runs"), workers: Workers = None) -> None:
     """The whole story on digits in a few minutes: train, prune, drift, detect, re-prune."""
     from fedsim.demo import demo
 
-    demo(str(out))
+    with _executor(workers) as executor:
+        demo(str(out), executor=executor)
 
 
 @main.command("list")

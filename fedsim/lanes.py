@@ -120,7 +120,7 @@ class LoopBlock(Block):
                 weight.copy_(value)
 
     def step(self, dataset: Dataset, rows: Rows, index: int) -> Tensor:
-        torch.manual_seed(self._draws + index)
+        torch.default_generator.manual_seed(self._draws + index)
         loss = self.task.losses(self.model, aligned(dataset.batch(rows[0]))).mean()
         gradients = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
         self._descend(gradients, self._start, lanes=False)

@@ -53,6 +53,8 @@ class Merging:
             self._execute(ready)
             waiting = [s for s in waiting if s not in ready]
             self._merge_in_order()
+            needed = {f"model {s.start}" for s in waiting} | {f"model {self.merged}"}
+            self.models = {name: held for name, held in self.models.items() if name in needed}
         return self.params, self.server
 
     def _plan(self) -> list[Segment]:

@@ -125,14 +125,16 @@ class Outcome:
 
 
 def react(job: Job, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Outcome:
-    """Do ``job``, a pure function of the job and of ``shared``: "task", "params" (P,), "gisp" and "model". ``cache`` only saves time.
+    """Do ``job``, a pure function of the job and of ``shared``: "task", "params" (P,), "gisp", "model" and, if not "cpu", "device".
 
+    ``cache`` only saves time. A GPU rounds differently, so runs that reserve one for reactions are equal among themselves.
     Raises ``DivergedError`` where a loss of the gate is not finite.
     """
     task, dense = shared["task"], dense_model(shared, cache)
     # torch takes no read-only arrays, and a worker's arrays are read-only
-    inputs = torch.from_numpy(np.array(job.inputs))
-    targets = None if job.targets is None else torch.from_numpy(np.array(job.targets))
+    device = shared.get("device", "cpu")
+    inputs = torch.from_numpy(np.array(job.inputs)).to(device)
+    targets = None if job.targets is None else torch.from_numpy(np.array(job.targets)).to(device)
     split = len(inputs) - len(inputs) // 3
     stale = Variant(Submodel(job.kept, dense.smap.fingerprint, shared["gisp"].levels[job.level]), job.weights)
     window = Batch(inputs[:split], _predicted(task, dense, inputs[:split]) if targets is None else targets[:split])
@@ -249,7 +251,7 @@ def _scattered(dense: DenseModel, variant: Variant) -> Vector:
 
 def _losses(task: Task, model: nn.Module, batch: Batch, job: Job) -> NDArray[np.float64]:
     with torch.no_grad():
-        losses = task.losses(model, batch).double().numpy()
+        losses = task.losses(model, batch).double().cpu().numpy()
     if not np.isfinite(losses).all():
         raise DivergedError(
             f"non-finite loss in the gate of {type(job.action).__name__} at tick {job.tick}", client=job.client, round=job.tick

@@ -308,8 +308,9 @@ class Server:
         missing = [i for i, key in enumerate(keys) if key not in self.memo]
         if missing:
             jobs = [self._job(state, ready[i]) for i in missing]
-            needs = Needs(gpus=getattr(self.executor, "gpus_per_job", 0.0))
-            self.memo.update(zip([keys[i] for i in missing], self.executor.map(react, jobs, self.shared, needs), strict=True))
+            gpus = self.executor.gpus_per_worker
+            shared = {**self.shared, "device": "cuda" if gpus else "cpu"}
+            self.memo.update(zip([keys[i] for i in missing], self.executor.map(react, jobs, shared, Needs(gpus=gpus)), strict=True))
         return [self.memo[key] for key in keys]
 
     def _job(self, state: ServingState, pending: Pending) -> Job:

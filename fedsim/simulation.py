@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def run(simulation: Simulation, executor: Executor | None = None) -> Iterator[Re
 
 def simulate(
     simulation: Simulation,
-    out: str = "runs",
+    out: str | Path = "runs",
     *,
     executor: Executor | None = None,
     progress: bool = True,
@@ -114,14 +115,15 @@ def simulate(
     return drive(simulation, out, executor=executor, progress=progress, recipe=recipe)
 
 
-def resume(path: str, *, executor: Executor | None = None, progress: bool = True) -> "Run":
-    """Continue the run stored at ``path``, whose tables end as if it had never stopped."""
-    from pathlib import Path
+def resume(path: str | Path, *, executor: Executor | None = None, progress: bool = True, trusted: tuple[str, ...] = ()) -> "Run":
+    """Continue the run stored at ``path``, whose tables end as if it had never stopped.
 
+    ``trusted`` names the packages of a user's own classes in it, which are imported. Raises ``CheckpointError`` for a damaged run.
+    """
     from fedsim.driver import drive
     from fedsim.runs.run import Run
 
-    stored = Run(path)
+    stored = Run(path, trusted=trusted)
     return drive(stored.simulation, Path(path).resolve().parent, executor=executor, progress=progress, recipe=stored.recipe)
 
 

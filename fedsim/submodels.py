@@ -53,13 +53,13 @@ class DenseModel:
     digest: str
 
     @classmethod
-    def of(cls, task: Task, params: Vector, pruner: Pruner) -> "DenseModel":
+    def of(cls, task: Task, params: Vector, pruner: Pruner, device: str = "cpu") -> "DenseModel":
         module = task.build(0)
         layout = Layout.of(module)
         layout.load(module, params)
         module.eval()
         smap = structure_map(module, task.example, couple_residual=pruner.couple_residual)
-        return cls(module, smap, layout, params, encoding.digest(params, smap.fingerprint))
+        return cls(module.to(device), smap, layout, params, encoding.digest(params, smap.fingerprint))
 
     def sliced(self, variant: Variant) -> nn.Module:
         """The variant as a module of its own, in evaluation mode."""
@@ -78,9 +78,9 @@ class DenseModel:
 
 
 def dense_model(shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> DenseModel:
-    """The dense model of ``shared`` ("task", "params" (P,), "gisp", and "model", its digest), built once in a worker."""
-    key = ("dense", shared["model"])
+    """The dense model of ``shared`` ("task", "params" (P,), "gisp", and "model", its digest; on "device"), built once in a worker."""
+    key = ("dense", shared["model"], shared.get("device", "cpu"))
     if key not in cache:
-        cache[key] = DenseModel.of(shared["task"], shared["params"], shared["gisp"])
+        cache[key] = DenseModel.of(shared["task"], shared["params"], shared["gisp"], key[2])
     found: DenseModel = cache[key]
     return found

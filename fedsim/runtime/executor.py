@@ -40,6 +40,7 @@ class Executor(Protocol):
     """
 
     workers: int
+    gpus_per_worker: float
 
     def share(self, value: Any) -> Shared: ...
     def map(self, fn: Work, units: Sequence[Any], shared: Mapping[str, Any], needs: Needs = ...) -> list[Any]: ...

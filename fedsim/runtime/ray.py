@@ -3,6 +3,7 @@
 Ray's own retries are off: they wait for the same actor to restart. A unit is a pure function, so another worker may compute it.
 """
 
+import logging
 import os
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from fedsim.runtime.executor import NOTHING, Needs, Recent, Shared, Work
 
 IN_FLIGHT = 2  # the second call hides the first one's round trip
 ATTEMPTS = 3
+KEPT_JOBS = 4
 
 
 class _Worker:
@@ -31,7 +33,9 @@ class _Worker:
         import torch
 
         torch.set_num_threads(1)
-        self._cache, self._values = Recent(), Recent(32)
+        self._cache = Recent()
+        self._jobs = 0
+        self._values: dict[Any, tuple[int, Any]] = {}
         if setup is not None:
             setup()
 
@@ -40,16 +44,23 @@ class _Worker:
 
     def run(self, job: list[Any], unit: Any) -> "_Result":
         try:
+            self._begin(job[0])
             fn, handles = self._value(job[0])
             shared = {name: self._value(held) for name, held in handles.items()}
             return _Result(value=fn(unit, shared, self._cache))
         except Exception as error:
             return _Result(error=_portable(error))
 
+    def _begin(self, job: Any) -> None:
+        """Let go of what the last jobs did not read: a value held here keeps its memory in the object store."""
+        if job not in self._values:
+            self._jobs += 1
+            self._values = {k: v for k, v in self._values.items() if v[0] > self._jobs - KEPT_JOBS}
+
     def _value(self, reference: Any) -> Any:
-        if reference not in self._values:
-            self._values[reference] = ray.get(reference)
-        return self._values[reference]
+        value = self._values[reference][1] if reference in self._values else ray.get(reference)
+        self._values[reference] = self._jobs, value
+        return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +101,11 @@ class RayExecutor:
             raise ValueError(f"workers must be >= 1 or None, got {workers}")
         if not gpus_per_worker >= 0:
             raise ValueError(f"gpus_per_worker must be >= 0, got {gpus_per_worker}")
-        self._gpus, self._setup, self._patience = float(gpus_per_worker), setup, patience_seconds
-        self._owner = _connect(address, workers, self._gpus)
+        self.gpus_per_worker, self._setup, self._patience = float(gpus_per_worker), setup, patience_seconds
+        self._owner = _connect(address, workers, self.gpus_per_worker)
         try:
-            self.workers = workers or _default_workers(self._gpus)
-            _check_capacity(self.workers, self._gpus)
+            self.workers = workers or _default_workers(self.gpus_per_worker)
+            _check_capacity(self.workers, self.gpus_per_worker)
             self._members = [self._start() for _ in range(self.workers)]
             self._await_start()
         except BaseException:
@@ -105,9 +116,9 @@ class RayExecutor:
         return Shared(_put(value, "a shared value"))
 
     def map(self, fn: Work, units: Sequence[Any], shared: Mapping[str, Any], needs: Needs = NOTHING) -> list[Any]:
-        if needs.gpus > self._gpus:
+        if needs.gpus > self.gpus_per_worker:
             raise CapacityError(
-                f"a unit needs {needs.gpus:g} GPU, the workers have {self._gpus:g} each; start RayExecutor(gpus_per_worker={needs.gpus:g})"
+                f"a unit needs {needs.gpus:g} GPU, the workers have {self.gpus_per_worker:g} each; start RayExecutor(gpus_per_worker={needs.gpus:g})"
             )
         handles = {name: value.held if isinstance(value, Shared) else _put(value, name) for name, value in shared.items()}
         job = [_put((fn, handles), getattr(fn, "__qualname__", "fn"))]
@@ -131,7 +142,7 @@ class RayExecutor:
         self.close()
 
     def _start(self) -> _Member:
-        kind = ray.remote(max_restarts=0, max_task_retries=0, num_cpus=1, num_gpus=self._gpus)(_Worker)
+        kind = ray.remote(max_restarts=0, max_task_retries=0, num_cpus=1, num_gpus=self.gpus_per_worker)(_Worker)
         actor = kind.remote(self._setup)
         return _Member(actor, actor.pid.remote())
 
@@ -141,7 +152,7 @@ class RayExecutor:
         except GetTimeoutError:
             free = ray.available_resources()
             raise CapacityError(
-                f"{self.workers} workers of 1 CPU and {self._gpus:g} GPU did not start in {self._patience:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
+                f"{self.workers} workers of 1 CPU and {self.gpus_per_worker:g} GPU did not start in {self._patience:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
             ) from None
         except RayActorError as error:
             raise WorkerError(f"stage start: a worker could not start: {_last_lines(error)}") from error
@@ -249,7 +260,7 @@ def _connect(address: str | None, workers: int | None, gpus: float) -> bool:
         _check_local_gpus(gpus * (workers or 1))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"log_to_driver": False}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options |= {"include_dashboard": False, "num_cpus": max(workers or 0, os.cpu_count() or 1)}
     ray.init(address=address, **options)

@@ -12,6 +12,7 @@ class SerialExecutor:
     """Runs units in order in this process, on one torch thread as every worker does. Runs first in tests, and is how one debugs."""
 
     workers = 1
+    gpus_per_worker = 0.0
 
     def __init__(self) -> None:
         self._cache = Recent()

@@ -41,7 +41,8 @@ class Killer:
 
     def __init__(self, executor, name, call):
         self.executor, self.name, self.call = executor, name, call
-        self.workers, self.calls, self.killed = executor.workers, 0, False
+        self.workers, self.gpus_per_worker = executor.workers, executor.gpus_per_worker
+        self.calls, self.killed = 0, False
 
     def share(self, value):
         return self.executor.share(value)

@@ -163,18 +163,18 @@ def test_a_clients_error_arrives_with_its_cause_and_the_workers_go_on(two):
     assert two.map(failing, [0, 1], {}) == [0, 1]
 
 
-class Unsendable(Exception):
+class UnsendableError(Exception):
     def __init__(self):
         super().__init__("holds a lock")
         self.lock = threading.Lock()
 
 
 def raising_unsendable(unit, shared, cache):
-    raise Unsendable()
+    raise UnsendableError()
 
 
 def test_an_exception_that_cannot_be_sent_is_named(two):
-    with pytest.raises(WorkerError, match="Unsendable: holds a lock"):
+    with pytest.raises(WorkerError, match="UnsendableError: holds a lock"):
         two.map(raising_unsendable, [0], {})
 
 
@@ -199,11 +199,13 @@ class Guarded:
 @pytest.mark.parametrize("where", ["shared", "handle", "unit"])
 def test_what_cannot_be_sent_is_named_by_its_path(two, where):
     value = Guarded("x", {"key": threading.Lock()})
+    send = {
+        "handle": lambda: two.share(value),
+        "shared": lambda: two.map(pausing, [1], {"task": value}),
+        "unit": lambda: two.map(pausing, [value], {}),
+    }[where]
     with pytest.raises(TypeError, match=r"\.inner\['key'\], a _thread\.lock, cannot be sent to a worker"):
-        if where == "handle":
-            two.share(value)
-        else:
-            two.map(pausing, [value if where == "unit" else 1], {"task": value} if where == "shared" else {})
+        send()
 
 
 def lock(unit, shared, cache):
@@ -243,8 +245,8 @@ def test_more_workers_than_the_cluster_holds_is_an_error_at_once():
         RayExecutor(workers=64)
 
 
-def test_workers_that_others_hold_are_an_error_after_patience():
-    with RayExecutor(workers=3), pytest.raises(CapacityError, match="did not start in 1 s"):
+def test_workers_that_others_hold_are_an_error_after_patience(two):
+    with pytest.raises(CapacityError, match="did not start in 1 s"):
         RayExecutor(workers=3, patience_seconds=1.0)
 
 

@@ -1,0 +1,339 @@
+"""DynamicFL against uniform upload intervals on scikit-learn's digits: at equal bytes, and at equal simulated time.
+
+Le, Diao, Wang, Tarokh, Ding, Anwar (2024), arXiv:2409.04986. 100 clients, shards of one or two labels, 64 local steps on batches of 5, 20
+rounds. The rate is the best of three on two seeds that are not used again; a method marked "as" takes that of another. Accuracy is the mean
+over the last quarter of the simulated time (the last 5 of 20 rounds) +- its standard error over fresh seeds. A "uniform" row spends the uploads of the method it is
+matched with, seed by seed, by varying the number of uploads from round to round. Rows where uniform wins stay.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from experiments.study import Claim, main, save_figure, standard_error
+from experiments.training import Curves, Trainers, Trial, trainers
+from fedsim.communication import Cohort, DynamicFL, FedSGD, RandomGroup, Schedule, TwoLevel, Uniform, UploadSchedule
+from fedsim.fleet import Fleet
+from fedsim.partition import LabelShards
+from fedsim.randomness import rng_for
+from fedsim.runs.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, WIDE, figure, styled
+from fedsim.runs.text import aligned
+from fedsim.strategies import FedAvg
+from fedsim.tasks import Digits
+
+CLIENTS, STEPS, BATCH, ROUNDS = 100, 64, 5, 20
+RATES = (0.1, 0.3, 1.0)
+TUNING_SEEDS = (1000, 1001)
+SLOW, FASTER, FAST_SHARE = 1e4, 64.0, 0.3  # bytes/s of a slow link, the ratio of a fast one, and how many have it
+KL, KL_ALONE, UNIFORM, UNIFORM_ALONE = "KL group", "only the KL group", "uniform, bytes of KL group", "uniform, bytes of only KL"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformTotal:
+    """Uniform schedules whose uploads a client and round average ``uploads`` >= 1: whole numbers that vary from round to round."""
+
+    uploads: float
+    needs_labels: bool = field(default=False, init=False)
+    uniform: bool = field(default=True, init=False)
+
+    def validate(self, cohort: int, steps: int, transfer: int) -> None:
+        if not 1 <= self.uploads <= steps:
+            raise ValueError(f"uploads must lie in 1..{steps}, got {self.uploads}")
+
+    def assign(self, cohort: Cohort, round: int, seed: int) -> Schedule:
+        until, before = (int(np.floor(self.uploads * r + 0.5)) for r in (round + 1, round))
+        return Uniform(uploads=until - before).assign(cohort, round, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryFastClient(TwoLevel):
+    """All clients of the cohort whose link is faster than its slowest: the group without a choice."""
+
+    def largest(self, cohort: int) -> int:
+        return cohort
+
+    def choose(self, cohort: Cohort, round: int, seed: int) -> tuple[NDArray[np.int64], float]:
+        return np.flatnonzero(cohort.up_seconds < cohort.up_seconds.max()), float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A schedule; ``rate_as`` names the method whose rate it takes, ``matches`` the one whose uploads it spends."""
+
+    name: str
+    schedule: UploadSchedule
+    rate_as: str = ""
+    matches: str = ""
+    rounds: int = ROUNDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One row of the study: a model (``hidden`` widths), a partition, a cohort and the methods to compare."""
+
+    title: str
+    hidden: tuple[int, ...]
+    labels: int
+    cohort: int
+    methods: tuple[Method, ...]
+    fast_share: float = 0.0
+
+    def fleet(self, seed: int) -> Fleet:
+        """Devices that compute in no time, so that the clock tells links alone; a random ``fast_share`` has fast ones."""
+        links = np.full(CLIENTS, SLOW)
+        links[rng_for(seed, "fast links").permutation(CLIENTS)[: round(self.fast_share * CLIENTS)]] *= FASTER
+        columns = {"flops": np.full(CLIENTS, 1e15), "memory": np.full(CLIENTS, 1e9), "up": links, "down": links}
+        return Fleet.from_table(columns, partition=LabelShards(self.labels), seed=seed)
+
+    def trial(self, method: Method, rate: float, seed: int, schedule: UploadSchedule | None = None) -> Trial:
+        return Trial(
+            task=Digits(hidden=self.hidden, seed=seed),
+            fleet=self.fleet(seed),
+            strategy=FedAvg(client_lr=rate, cohort=self.cohort, local_steps=STEPS, batch_size=BATCH),
+            communication=schedule or method.schedule,
+            rounds=method.rounds,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A method's rate, and its curves by fresh seed."""
+
+    method: Method
+    rate: float
+    curves: tuple[Curves, ...]
+
+    @property
+    def finals(self) -> list[float]:
+        """Accuracy of each seed in percent."""
+        return [100 * c.final() for c in self.curves]
+
+    def mean(self, of: str) -> NDArray[np.float64]:
+        """A column of the curves by round, mean over seeds."""
+        return np.mean([getattr(c, of) for c in self.curves], axis=0)
+
+
+Results = Mapping[str, Result]
+
+
+def run(quick: bool, out: Path) -> list[Claim]:
+    seeds = range(5 if quick else 10)
+    with trainers() as pool:
+        measured = [(setting, measure(setting, seeds, pool)) for setting in settings(quick)]
+    first, covered, timed = (results for setting, results in measured if setting.title.startswith(("row 1", "row 4", "(iv)")))
+    draw_bytes(first, covered, out / "accuracy_by_bytes.png")
+    draw_time(timed, out / "accuracy_by_time.png")
+    draw_ratio(first, out / "cost_ratio.png")
+    return claims([results for _, results in measured], first, covered, timed)
+
+
+def settings(quick: bool) -> list[Setting]:
+    """Rows 1, 4 and (iv); in full also the others, all with every method."""
+    rows = [
+        equal_bytes("row 1: linear, one label, group 3 of 10, high 1", (), 1, 10, 3, 1, extra=curve()),
+        equal_bytes("row 4: MLP, one label, group 10 of 20, high 8", (32,), 1, 20, 10, 8, extra=() if quick else (_FEDSGD,)),
+        equal_time("(iv): MLP, one label, 10 clients, 30 % on 64x faster links, equal simulated time", 1),
+    ]
+    if quick:
+        return rows
+    return [
+        *rows,
+        equal_bytes("row 2: MLP, one label, group 3 of 10, high 1", (32,), 1, 10, 3, 1, extra=(_FEDSGD,)),
+        equal_bytes("row 3: MLP, two labels, group 6 of 20, high 1", (32,), 2, 20, 6, 1),
+        equal_bytes("row 5: MLP, one label, group 10 of 20, high 16", (32,), 1, 20, 10, 16),
+        equal_bytes("row 6: MLP, two labels, group 6 of 20, high 8", (32,), 2, 20, 6, 8),
+        equal_bytes("row 7: MLP, one label, group 10 of 20, high 1", (32,), 1, 20, 10, 1),
+        equal_time("two labels, else as (iv)", 2),
+    ]
+
+
+_FEDSGD = Method(name="FedSGD", schedule=FedSGD())
+
+
+def equal_bytes(title: str, hidden: tuple[int, ...], labels: int, cohort: int, group: int, high: int, extra: Sequence[Method] = ()) -> Setting:
+    """Equal links; every two-level method beside the uniform schedule that spends its bytes."""
+    kl, alone = DynamicFL(high=high, budget=group / cohort), DynamicFL(high=high, budget=group / cohort, skip=True)
+    methods = (
+        Method(name="FedAvg", schedule=Uniform()),
+        Method(name="random group", schedule=RandomGroup(size=group, high=high), rate_as=KL),
+        Method(name=KL, schedule=kl),
+        Method(name="KL group, others weigh .1", schedule=DynamicFL(high=high, budget=group / cohort, discount=0.1), rate_as=KL),
+        Method(name=UNIFORM, schedule=Uniform.of_equal_bytes(kl, cohort, STEPS), matches=KL),
+        Method(name="only a random group", schedule=RandomGroup(size=group, high=high, skip=True), rate_as=KL_ALONE),
+        Method(name=KL_ALONE, schedule=alone),
+        Method(name=UNIFORM_ALONE, schedule=Uniform.of_equal_bytes(alone, cohort, STEPS), rate_as=UNIFORM, matches=KL_ALONE),
+        *extra,
+    )
+    return Setting(title=title, hidden=hidden, labels=labels, cohort=cohort, methods=methods)
+
+
+def curve() -> tuple[Method, ...]:
+    """More points of accuracy against cost ratio for row 1."""
+    return (
+        _FEDSGD,
+        *(Method(name=f"uniform, {u} uploads", schedule=Uniform(uploads=u), rate_as=UNIFORM) for u in (2, 4)),
+        *(Method(name=f"KL group, high {high}", schedule=DynamicFL(high=high, budget=0.3), rate_as=KL) for high in (4, 16)),
+    )
+
+
+def equal_time(title: str, labels: int) -> Setting:
+    """A fast client uploads 64 times while a slow one uploads once; uniform schedules wait for the slow ones, so they get fewer rounds."""
+    methods = (
+        *(Method(name=f"uniform, {u} uploads", schedule=Uniform(uploads=u), rounds=ROUNDS // u) for u in (1, 2, 4, 20)),
+        Method(name="every fast client", schedule=EveryFastClient(high=1), rate_as=KL),
+        Method(name=KL, schedule=DynamicFL(high=1, budget=1.0, clients="by-link")),
+    )
+    return Setting(title=title, hidden=(32,), labels=labels, cohort=10, methods=methods, fast_share=FAST_SHARE)
+
+
+def measure(setting: Setting, seeds: Sequence[int], pool: Trainers) -> dict[str, Result]:
+    """Choose rates, train on fresh seeds, print the table."""
+    start = time.perf_counter()
+    rates = choose_rates(setting, pool)
+    free = [m for m in setting.methods if not m.matches]
+    trained = pool.train([setting.trial(m, rates[m.rate_as or m.name], seed) for m in free for seed in seeds])
+    curves = {m.name: tuple(trained[i * len(seeds) : (i + 1) * len(seeds)]) for i, m in enumerate(free)}
+    matched = [(m, seed, UniformTotal(uploads=_uploads(curves[m.matches][i], setting))) for m in setting.methods if m.matches for i, seed in enumerate(seeds)]
+    trained = pool.train([setting.trial(m, rates[m.rate_as or m.name], seed, schedule) for m, seed, schedule in matched])
+    for (m, _, _), found in zip(matched, trained, strict=True):
+        curves[m.name] = (*curves.get(m.name, ()), found)
+    results = {m.name: Result(method=m, rate=rates[m.rate_as or m.name], curves=curves[m.name]) for m in setting.methods}
+    print(f"{setting.title} ({len(seeds)} seeds, {time.perf_counter() - start:.0f} s)\n{described(results)}\n", flush=True)
+    return results
+
+
+def choose_rates(setting: Setting, pool: Trainers) -> dict[str, float]:
+    """For each method without another's rate: the best of RATES on the tuning seeds; one that diverges is never chosen."""
+    tuned = [m for m in setting.methods if not m.rate_as]
+    trained = iter(pool.train([setting.trial(m, rate, seed) for m in tuned for rate in RATES for seed in TUNING_SEEDS]))
+    means = {m.name: [fmean(next(trained).final() for _ in TUNING_SEEDS) for _ in RATES] for m in tuned}
+    return {name: RATES[int(np.argmax(np.nan_to_num(values, nan=-1.0)))] for name, values in means.items()}
+
+
+def described(results: Results) -> str:
+    header = ["method", "rate", "accuracy %", "best round %", "uploads", "MB up", "MB down", "cost ratio", "simulated s"]
+    return aligned(header, [_row(result) for result in results.values()])
+
+
+def _row(result: Result) -> list[str]:
+    rate = f"{result.rate:g}" + (" as" if result.method.rate_as else "")
+    last = {name: result.mean(name)[-1] for name in ("uploads", "bytes_up", "bytes_down", "clock")}
+    return [
+        result.method.name,
+        rate,
+        f"{fmean(result.finals):.1f} +- {standard_error(result.finals):.1f}",
+        f"{100 * fmean(c.best() for c in result.curves):.1f}",
+        f"{last['uploads']:,.0f}",
+        f"{last['bytes_up'] / 1e6:.2f}",
+        f"{last['bytes_down'] / 1e6:.2f}",
+        f"{result.mean('cost_ratio').mean():.3f}",
+        f"{last['clock']:.0f}",
+    ]
+
+
+def claims(everything: Sequence[Results], first: Results, covered: Results, timed: Results) -> list[Claim]:
+    uniforms = [name for name in timed if name.startswith("uniform")]
+    best = max(uniforms, key=lambda name: fmean(timed[name].finals))
+    return [
+        Claim.measured("row 1: KL group - FedAvg", _gap(first, KL, "FedAvg"), bar=">= 8 points", note=_beside(first, KL, UNIFORM)),
+        Claim.measured("row 4: only the KL group - uniform of equal bytes", _gap(covered, KL_ALONE, UNIFORM_ALONE), bar=">= 2 points", note=_beside(covered, KL, UNIFORM)),
+        Claim.measured("(iv): DynamicFL - best uniform at equal simulated time", _gap(timed, KL, best), bar=">= 10 points", note=f"the best is {best}"),
+        Claim.measured("largest byte mismatch of a uniform row", [max(_mismatch(r) for r in everything)], bar="<= 2 %"),
+    ]
+
+
+def _gap(results: Results, better: str, base: str) -> list[float]:
+    """Difference of accuracy by seed, in points."""
+    return [a - b for a, b in zip(results[better].finals, results[base].finals, strict=True)]
+
+
+def _beside(results: Results, method: str, uniform: str) -> str:
+    own, other = fmean(results[method].finals), fmean(results[uniform].finals)
+    return f"at equal bytes {method} has {own:.1f}, uniform {other:.1f}" + (": uniform wins" if other > own else "")
+
+
+def _mismatch(results: Results) -> float:
+    """Largest difference in bytes between a uniform schedule and what it is matched with, in percent of the latter."""
+    pairs = [(a, b) for r in results.values() if r.method.matches for a, b in zip(r.curves, results[r.method.matches].curves, strict=True)]
+    return max((100 * abs(a.bytes[-1] / b.bytes[-1] - 1) for a, b in pairs), default=0.0)
+
+
+def _uploads(curves: Curves, setting: Setting) -> float:
+    """Uploads a client of the cohort and round."""
+    return float(curves.uploads[-1] / (len(curves.uploads) * setting.cohort))
+
+
+_COLOURS = {
+    "FedAvg": GREY,
+    "FedSGD": PURPLE,
+    "random group": ORANGE,
+    KL: BLUE,
+    UNIFORM: RED,
+    KL_ALONE: GREEN,
+    UNIFORM_ALONE: ORANGE,
+    "every fast client": SKY,
+    "uniform, 1 uploads": GREY,
+    "uniform, 2 uploads": RED,
+    "uniform, 4 uploads": ORANGE,
+    "uniform, 20 uploads": PURPLE,
+}
+
+
+@styled
+def draw_bytes(first: Results, covered: Results, path: Path) -> None:
+    drawn = figure(WIDE, 3.4)
+    axes = drawn.subplots(1, 2, sharey=True)
+    rows = (
+        (first, ("FedAvg", "random group", KL, UNIFORM, "FedSGD"), "One label a client, group 3 of 10, high 1"),
+        (covered, ("FedAvg", KL, UNIFORM, KL_ALONE, UNIFORM_ALONE), "Group 10 of 20 covers the labels, high 8"),
+    )
+    for panel, (results, names, title) in zip(axes, rows, strict=True):
+        for name in names:
+            _line(panel, results[name], "bytes", 1e-6)
+        panel.set(title=title, xlabel="MB sent and received so far", xscale="log")
+        panel.legend(loc="lower right", fontsize=7)
+    axes[0].set(ylabel="test accuracy, %", ylim=(0, 100))
+    save_figure(drawn, path)
+
+
+@styled
+def draw_time(timed: Results, path: Path) -> None:
+    drawn = figure(WIDE * 0.65, 3.4)
+    axes = drawn.subplots()
+    for name in timed:
+        _line(axes, timed[name], "clock", 1.0, marker="o")
+    axes.set(title="Equal simulated time, 30 % of links 64 times faster", xlabel="simulated seconds", ylabel="test accuracy, %", ylim=(0, 100))
+    axes.legend(loc="upper left", fontsize=7)
+    save_figure(drawn, path)
+
+
+@styled
+def draw_ratio(first: Results, path: Path) -> None:
+    """Accuracy against cost ratio: uniform schedules from FedAvg to FedSGD, and the KL group at several intervals."""
+    drawn = figure(WIDE * 0.65, 3.4)
+    axes = drawn.subplots()
+    lines = (("uniform", RED, ("FedAvg", "uniform, 2 uploads", "uniform, 4 uploads", UNIFORM, "FedSGD")), (KL, BLUE, ("KL group, high 16", "KL group, high 4", KL)))
+    for label, colour, names in lines:
+        ratios = [first[n].mean("cost_ratio").mean() for n in names]
+        finals = [fmean(first[n].finals) for n in names]
+        axes.errorbar(ratios, finals, [standard_error(first[n].finals) for n in names], color=colour, marker="o", markersize=4, capsize=2, label=label)
+    axes.set(title="Row 1: accuracy against cost ratio", xlabel="uploads / (cohort x local steps)", ylabel="test accuracy, %", xscale="log")
+    axes.legend(loc="lower right")
+    save_figure(drawn, path)
+
+
+def _line(axes: Axes, result: Result, across: str, scale: float, marker: str = "") -> None:
+    name = result.method.name
+    axes.plot(scale * result.mean(across), 100 * result.mean("accuracy"), color=_COLOURS[name], label=name, marker=marker, markersize=2.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main("communication", run))

@@ -1,0 +1,297 @@
+"""The command line: quick help, recipes, one red line for errors, and the way back after Ctrl-C."""
+
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import fedsim
+from fedsim.errors import CapacityError
+from fedsim.runs.run import Run
+from fedsim.runs.store import RunStore, run_directory
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # typer before 0.21, which flwr asks for, imports names that click 8.5 deprecates
+    from typer.testing import CliRunner
+
+    from fedsim.cli import main
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("run", "resume", "show", "report", "fork", "compare", "demo", "list")
+RECIPE = """
+from fedsim.simulation import Simulation
+
+def simulation():
+    return Simulation(name="tiny", seed=1)
+
+def other():
+    return Simulation(name="other", seed=2)
+
+def wrong():
+    return 3
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    name: str = ""
+    seed: int = 0
+
+
+class Engine:
+    """Stands in for the engine: notes what it is asked for, stores an empty run, or fails as told."""
+
+    def __init__(self):
+        self.calls, self.error = [], None
+
+    def simulate(self, simulation, out="runs", *, executor=None, progress=True, recipe=None):
+        self.calls.append((simulation, out, executor, recipe))
+        with RunStore.create(out, simulation, recipe=recipe) as store:
+            if self.error:
+                raise self.error
+            store.mark_complete()
+        return Run(store.path, simulation=simulation)
+
+    def compare(self, simulation, *, policies, seeds, out, executor):
+        self.calls.append((simulation, policies, seeds, out))
+        return type("Comparison", (), {"table": lambda _: "the table", "report": lambda _: Path(out) / "comparison.html"})()
+
+    def fork(self, run, *, at, policy, out, executor):
+        self.calls.append((run, at, policy, out))
+        return run
+
+    def demo(self, out, *, executor):
+        self.calls.append((out, executor))
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    """The command line with a light engine, in an empty directory that holds a recipe."""
+    made = Engine()
+    for name, contents in {
+        "simulation": {"Simulation": Simulation, "simulate": made.simulate},
+        "comparison": {"compare": made.compare},
+        "branching": {"fork": made.fork},
+        "demo": {"demo": made.demo},
+    }.items():
+        module = ModuleType(f"fedsim.{name}")
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, f"fedsim.{name}", module)
+        monkeypatch.setattr(fedsim, name, module, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "little.py").write_text(RECIPE)
+    yield made
+    sys.modules.pop("little", None)
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_help_is_quick_and_loads_neither_torch_nor_numpy():
+    code = "import sys; sys.argv = ['fedsim', '--help']\nimport atexit; atexit.register(lambda: print([m for m in ('torch', 'numpy', 'ray', 'rich', 'pyarrow') if m in sys.modules]))\nfrom fedsim.cli import main; main()"
+    durations = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        durations.append(time.perf_counter() - start)
+    assert shown.splitlines()[-1] == "[]"
+    assert min(durations) < 1.0
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) > 4
+
+
+def test_python_m_fedsim_is_the_same_command():
+    shown = subprocess.run([sys.executable, "-m", "fedsim", "list", "nowhere"], capture_output=True, text=True, cwd=ROOT)
+    assert (shown.returncode, shown.stdout, shown.stderr.strip()) == (1, "", "Error: no directory nowhere")
+
+
+def test_a_recipe_is_run_and_remembered(engine):
+    result = call("run", "little.py", "--workers", 0)
+    assert result.exit_code == 0, result.stderr
+    simulation, out, executor, recipe = engine.calls[0]
+    assert (simulation, out) == (Simulation(name="tiny", seed=1), "runs")
+    assert type(executor).__name__ == "SerialExecutor"
+    assert recipe == f"{Path('little.py').resolve()}:simulation"
+    assert "tiny-" in result.stdout
+
+
+def test_seed_and_name_replace_those_of_the_recipe(engine):
+    call("run", "little.py:other", "--seed", 7, "--name", "mine", "--out", "elsewhere")
+    assert engine.calls[0][:3] == (Simulation(name="mine", seed=7), "elsewhere", None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("absent.py", "no recipe at"),
+        ("little.py:nothing", "has no function 'nothing'"),
+        ("little.py:wrong", "must return a Simulation, got int"),
+        ("no.such.module:f", "no module 'no.such.module'"),
+        (":f", "a recipe is path.py"),
+        ("json.py", "no recipe at"),
+    ],
+)
+def test_a_bad_recipe_is_one_red_line(engine, recipe, message):
+    result = call("run", recipe)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not engine.calls
+
+
+def test_a_recipe_with_the_name_of_an_imported_module_is_refused(engine, tmp_path):
+    (tmp_path / "json.py").write_text(RECIPE)
+    assert "rename the recipe" in call("run", "json.py").stderr
+
+
+def test_a_recipe_that_fails_to_import_is_not_left_half_imported(engine, tmp_path):
+    (tmp_path / "broken_recipe.py").write_text("raise ValueError('half')")
+    assert call("run", "broken_recipe.py").stderr == "Error: half\n"
+    assert "broken_recipe" not in sys.modules
+
+
+def test_an_error_of_the_engine_is_one_line_or_a_traceback_on_request(engine):
+    engine.error = CapacityError("no level fits device 'watch';\n  lower the levels")
+    result = call("run", "little.py")
+    assert (result.exit_code, result.stderr) == (1, "Error: no level fits device 'watch'; lower the levels\n")
+    with pytest.raises(CapacityError):
+        CliRunner().invoke(main, ["--traceback", "run", "little.py"], catch_exceptions=False)
+
+
+def test_a_bug_is_not_dressed_up_as_a_user_error(engine):
+    engine.error = KeyError("bug")
+    with pytest.raises(KeyError):
+        CliRunner().invoke(main, ["run", "little.py"], catch_exceptions=False)
+
+
+def test_interrupting_tells_how_to_go_on(engine):
+    engine.error = KeyboardInterrupt()
+    result = call("run", "little.py")
+    path = run_directory("runs", Simulation(name="tiny", seed=1))
+    assert result.exit_code == 130
+    assert f"fedsim resume {path}" in result.stderr
+    engine.error = None
+    again = CliRunner()
+    resumed = again.invoke(main, ["resume", str(path)], catch_exceptions=False)
+    assert resumed.exit_code == 1, "the stand-in lives outside the recipe's folder, so its class is not trusted"
+    assert "not from a trusted package" in resumed.stderr
+
+
+def test_a_run_is_resumed_with_the_classes_of_its_recipe(engine, tmp_path):
+    text = RECIPE.replace("\ndef simulation", "\nfrom shapes import Shaped\n\ndef simulation").replace(
+        'Simulation(name="tiny"', 'Shaped(name="tiny"'
+    )
+    (tmp_path / "shaped.py").write_text(text)
+    (tmp_path / "shapes.py").write_text(
+        "from dataclasses import dataclass\nfrom fedsim.simulation import Simulation\n\n@dataclass(frozen=True, kw_only=True)\nclass Shaped(Simulation):\n    pass\n"
+    )
+    try:
+        assert call("run", "shaped.py").exit_code == 0
+        (path,) = (tmp_path / "runs").iterdir()
+        for name in ("shaped", "shapes"):
+            del sys.modules[name]
+        result = call("resume", path.name[:4])
+        assert result.exit_code == 0, result.stderr
+        assert [c[0].seed for c in engine.calls] == [1, 1]
+        assert engine.calls[1][3] == engine.calls[0][3]
+    finally:
+        for name in ("shaped", "shapes"):
+            sys.modules.pop(name, None)
+
+
+def test_runs_are_listed_shown_and_reported(engine, tmp_path):
+    assert "no runs in" in call("list", tmp_path).stdout
+    for recipe in ("little.py", "little.py:other"):
+        call("run", recipe)
+    lines = call("list").stdout.splitlines()
+    assert [line.split()[0].partition("-")[0] for line in lines] == ["run", "other", "tiny"]
+    assert "complete" in lines[1]
+    assert call("show", "tiny").stdout.startswith("tiny-")
+    page = Path(call("report", "tiny").stdout.strip())
+    assert page.name == "report.html"
+    assert page.is_file()
+
+
+def test_a_name_that_is_no_run_or_several_is_refused(engine):
+    for seed in (1, 2):
+        call("run", "little.py", "--seed", seed)
+    assert call("show", "nothing").stderr == "Error: no run directory nothing\n"
+    assert "is the start of several runs: tiny-" in call("show", "tiny").stderr
+
+
+def test_policies_are_written_as_words(engine):
+    from fedsim.policies import Never, Oracle, Periodic, RepruneOnAlarm
+
+    result = call("compare", "little.py", "--policies", "never, periodic:40,alarm:latency=7+window=32,oracle", "--seeds", 3)
+    assert result.exit_code == 0, result.stderr
+    simulation, policies, seeds, out = engine.calls[0]
+    assert simulation == Simulation(name="tiny", seed=1)
+    assert policies == {
+        "never": Never(),
+        "periodic:40": Periodic(every=40),
+        "alarm:latency=7+window=32": RepruneOnAlarm(latency=7, window=32),
+        "oracle": Oracle(),
+    }
+    assert (seeds, out) == (range(3), Path("runs"))
+    assert result.stdout == "the table\n\nruns/comparison.html\n"
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [
+        ("never,never", "different names"),
+        (",", "different names"),
+        ("sometimes", "policy must be one of"),
+        ("periodic", "periodic:40"),
+        ("periodic:0", "every must be"),
+        ("never:3", "FIELD=VALUE"),
+        ("alarm:delay=3", "FIELD=VALUE"),
+    ],
+)
+def test_a_policy_that_is_none_is_refused(engine, policies, message):
+    result = call("compare", "little.py", "--policies", policies)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not engine.calls
+
+
+def test_a_policy_may_come_from_a_recipe(engine, tmp_path):
+    from fedsim.policies import Periodic
+
+    (tmp_path / "chosen.py").write_text("from fedsim.policies import Periodic\n\ndef policy():\n    return Periodic(every=9)\n")
+    try:
+        assert call("compare", "little.py", "--policies", "chosen.py").exit_code == 0
+        assert engine.calls[0][1] == {"chosen.py": Periodic(every=9)}
+        assert "must return a policy" in call("compare", "little.py", "--policies", "little.py:wrong").stderr
+    finally:
+        sys.modules.pop("chosen", None)
+
+
+def test_a_run_is_forked_under_another_policy(engine):
+    from fedsim.policies import Never
+
+    with RunStore.create("runs", Simulation(name="tiny")) as store:
+        pass
+    result = call("fork", store.path, "--at", 30, "--policy", "never")
+    assert result.exit_code == 0, result.stderr
+    run, at, policy, out = engine.calls[0]
+    assert (run.path, at, policy, out) == (store.path, 30, Never(), None)
+
+
+def test_the_demo_runs_where_it_is_told(engine):
+    assert call("demo", "--out", "there").exit_code == 0
+    assert engine.calls == [("there", None)]
