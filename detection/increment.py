@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from detection.laws import Array, Gaussian, Law
 
@@ -92,7 +92,7 @@ class Quadratic:
             return np.empty(0), np.empty(0)
         m, v = scalar_moments(law)
         ends = np.array([-self.clip, self.clip])
-        return self(ends), ndtr((np.array([1.0, -1.0]) * (ends - m)) / np.sqrt(v))
+        return self(ends), scipy.special.ndtr((np.array([1.0, -1.0]) * (ends - m)) / np.sqrt(v))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ def clipped_nodes(law: Gaussian, clip: float, num: int = 256) -> tuple[Array, Ar
     points, weights = _legendre(num)
     t = 0.5 * (low + high) + 0.5 * (high - low) * points
     inner = 0.5 * (high - low) * weights * np.exp(-0.5 * t * t) / np.sqrt(2.0 * np.pi)
-    ends = ndtr(np.array([-clip - m, m - clip]) / sd)
+    ends = scipy.special.ndtr(np.array([-clip - m, m - clip]) / sd)
     return np.concatenate((np.clip(m + sd * t, -clip, clip), [-clip, clip])), np.concatenate((inner, ends))
 
 
@@ -222,7 +222,7 @@ def _mass_between(law: Gaussian, clip: float | None) -> Callable[[Any, Any], Arr
     sd, end = np.sqrt(v), np.inf if clip is None else clip
 
     def mass(low: Any, high: Any) -> Array:
-        inside: Array = ndtr((np.clip(high, -end, end) - m) / sd) - ndtr((np.clip(low, -end, end) - m) / sd)
+        inside: Array = scipy.special.ndtr((np.clip(high, -end, end) - m) / sd) - scipy.special.ndtr((np.clip(low, -end, end) - m) / sd)
         return np.maximum(inside, 0.0)
 
     return mass

@@ -9,8 +9,8 @@ from math import inf, isfinite
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import digamma, ndtri, polygamma
 
 from detection.laws import Array
 
@@ -89,7 +89,7 @@ class Prior:
         """As :meth:`shrunk`, but a client whose own values leave the fleet's law behind is pulled less: its spread between clients is then
         its own squared distance (positive-part James-Stein), its variance is held by few degrees of freedom."""
         ratio, noise = self._log_ratio(deviation, counts)
-        spread = polygamma(1, self.degrees / 2) if isfinite(self.degrees) else 0.0
+        spread = scipy.special.polygamma(1, self.degrees / 2) if isfinite(self.degrees) else 0.0
         foreign = ratio**2 > 4 * (noise + spread)
         scale = self._scale(deviation, counts, np.where(foreign, min(self.degrees, _FOREIGN_DEGREES), self.degrees))
         error = scale**2 / np.maximum(counts, 1)
@@ -109,8 +109,8 @@ class Prior:
         """Logarithm of each client's variance over the fleet's, without bias, and its sampling variance; 0 where there is no variance."""
         half = np.maximum(counts - 1, 1) / 2
         known = (counts > 1) & (deviation > 0)
-        logs = 2 * np.log(np.where(known, deviation, 1.0)) - np.log(self.variance) - digamma(half) + np.log(half)
-        return np.where(known, logs, 0.0), polygamma(1, half)
+        logs = 2 * np.log(np.where(known, deviation, 1.0)) - np.log(self.variance) - scipy.special.digamma(half) + np.log(half)
+        return np.where(known, logs, 0.0), scipy.special.polygamma(1, half)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,7 +144,7 @@ class FittedScores:
         columns = (slice(None),) if losses.ndim == 1 else (slice(None), None)
         r = (_transformed(losses, self.floor, self.config.scale) - self.location[columns]) / self.deviation[columns]
         below = 0.5 * (np.searchsorted(self.pool, r, side="left") + np.searchsorted(self.pool, r, side="right"))
-        u: Array = np.clip(ndtri((below + 0.5) / (len(self.pool) + 1)), -self.config.clip, self.config.clip)
+        u: Array = np.clip(scipy.special.ndtri((below + 0.5) / (len(self.pool) + 1)), -self.config.clip, self.config.clip)
         np.copyto(u, self.config.clip, where=losses == np.inf)
         np.copyto(u, np.nan, where=np.isnan(losses))
         return u
@@ -257,21 +257,21 @@ def _prior(location: Array, deviation: Array, counts: NDArray[np.int64]) -> Prio
 
 def _variance_prior(variances: Array, half: Array) -> tuple[float, float]:
     """Prior variance and degrees of freedom from sample ``variances`` with ``2 half`` degrees; ``inf`` degrees where they agree."""
-    logs = np.log(variances) - digamma(half) + np.log(half)
+    logs = np.log(variances) - scipy.special.digamma(half) + np.log(half)
     mean = float(logs.mean())
-    excess = float(logs.var(ddof=1) - polygamma(1, half).mean()) if len(logs) > 1 else 0.0
+    excess = float(logs.var(ddof=1) - scipy.special.polygamma(1, half).mean()) if len(logs) > 1 else 0.0
     if excess <= 0:
         return float(np.exp(mean)), inf
     prior_half = _inverse_trigamma(excess)
-    return float(np.exp(mean + digamma(prior_half) - np.log(prior_half))), 2 * prior_half
+    return float(np.exp(mean + scipy.special.digamma(prior_half) - np.log(prior_half))), 2 * prior_half
 
 
 def _inverse_trigamma(value: float) -> float:
     """The ``x > 0`` with ``trigamma(x) = value``: Newton's steps on ``1 / trigamma``, monotone from below."""
     x = 0.5 + 1.0 / value
     for _ in range(50):
-        current = float(polygamma(1, x))
-        move = current * (1 - current / value) / float(polygamma(2, x))
+        current = float(scipy.special.polygamma(1, x))
+        move = current * (1 - current / value) / float(scipy.special.polygamma(2, x))
         x += move
         if abs(move) <= 1e-12 * x:
             break

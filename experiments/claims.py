@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = run_all(options.study or names(), options.quick, options.out)
     print(table(outcomes))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, {"studies": [outcome.as_json() for outcome in outcomes], **provenance(options.quick)})
     return 0 if all(outcome.holds for outcome in outcomes) else 1
 

@@ -20,7 +20,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fedsim.runs.files import write_atomically, write_json
 from fedsim.runs.style import png
@@ -36,7 +38,7 @@ _MEETS: dict[str, Callable[[float, float], bool]] = {
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "ray")
 
 
-class Skipped(Exception):
+class Skipped(Exception):  # noqa: N818 - not an error
     """Raised by a study that needs data which is not here; its text says what to do. A skipped study has not failed."""
 
 
@@ -174,6 +176,13 @@ def standard_error(samples: Sequence[float]) -> float:
 def save_figure(drawn: Figure, path: Path) -> None:
     """As PNG on white, atomically."""
     write_atomically(path, lambda file: file.write(png(drawn)))
+
+
+def plain_log(axes: Axes) -> None:
+    """Ticks of a logarithmic horizontal axis as plain numbers."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", length=0)
 
 
 def provenance(quick: bool) -> dict[str, Any]:

@@ -107,6 +107,9 @@ class _Cut(Task):
     pruner: Pruner
     submodel: Submodel
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_classes", self.task.num_classes)
+
     def load(self) -> Splits:
         return self.task.data()
 

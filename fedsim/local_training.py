@@ -95,11 +95,10 @@ def example_order(seed: int, shards: Shards, clients: Rows, round: int, steps: t
     passes, place = np.divmod(wanted[None, :], sizes[:, None])
     order = np.empty((len(clients), len(wanted)), np.int64)
     for number in range(int(passes.min()), int(passes.max()) + 1):
-        inside = passes == number
-        taking = np.flatnonzero(inside.any(axis=1))
+        rows, columns = np.nonzero(passes == number)
+        taking, row = np.unique(rows, return_inverse=True)
         shuffled = permutations(seed, "batches", clients[taking], round, sizes[taking], part=number)
-        for client, positions in zip(taking, shuffled, strict=True):
-            order[client, inside[client]] = positions[place[client, inside[client]]]
+        order[rows, columns] = shuffled[row, place[rows, columns]]
     examples: Rows = shards.indices[shards.offsets[clients][:, None] + order]
     return examples.reshape(len(clients), steps[1] - steps[0], batch_size)
 

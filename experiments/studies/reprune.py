@@ -65,7 +65,9 @@ def run(quick: bool, out: Path) -> list[Claim]:
         switch = _measure("A: domain switch, MLP, own submodels", domain_switch(), tuple(POLICIES), range(5), place, out, workers)
         swap = _measure("C: label swap", label_swap(), ("never", "alarm", "oracle", *RIVALS), few, place, out, workers)
         recovered = _measure("D: universal submodels, recovered", universal(), ("never", "alarm", "oracle"), few, place, out, workers)
-        cnn = _measure("A': domain switch, CNN, own submodels", cnn_switch(), ("never", "alarm", "oracle", *RIVALS), few, place, out, workers)
+        cnn = _measure(
+            "A': domain switch, CNN, own submodels", cnn_switch(), ("never", "alarm", "oracle", *RIVALS), few, place, out, workers
+        )
     return [*_pays(switch), *_does_not_pay(swap, recovered, cnn)]
 
 
@@ -76,7 +78,9 @@ def _pays(switch: PolicyComparison) -> list[Claim]:
     return [
         Claim.measured("A: alarm recovers, of what the oracle recovers over never", samples, bar=RECOVERED, note=note),
         *(
-            Claim.measured(f"A: re-prune minus '{rival}', accuracy at the end", _difference(switch, "alarm", rival, "accuracy_end"), bar=RIVAL)
+            Claim.measured(
+                f"A: re-prune minus '{rival}', accuracy at the end", _difference(switch, "alarm", rival, "accuracy_end"), bar=RIVAL
+            )
             for rival in RIVALS
         ),
     ]
@@ -86,8 +90,12 @@ def _does_not_pay(swap: PolicyComparison, recovered: PolicyComparison, cnn: Poli
     refused = [s.rejected / max(s.rejected + s.redeployed, 1) for s in swap.scores["alarm"]]
     return [
         Claim.measured("C: the gate refuses, of re-prunes after a label swap", refused, bar=REFUSED),
-        Claim.measured("C: alarm minus never, accuracy after", _difference(swap, "alarm", "never"), bar=SAME, note="nothing is gained by re-pruning"),
-        Claim.measured("D: oracle minus never, accuracy after", _difference(recovered, "oracle", "never"), bar=SAME, note="nothing is left to gain"),
+        Claim.measured(
+            "C: alarm minus never, accuracy after", _difference(swap, "alarm", "never"), bar=SAME, note="nothing is gained by re-pruning"
+        ),
+        Claim.measured(
+            "D: oracle minus never, accuracy after", _difference(recovered, "oracle", "never"), bar=SAME, note="nothing is left to gain"
+        ),
         Claim.measured(
             "A': re-prune minus distilling the stale CNN, accuracy at the end",
             _difference(cnn, "alarm", "alarm, distil stale", "accuracy_end"),

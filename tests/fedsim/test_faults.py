@@ -58,7 +58,7 @@ class Killer:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "call"), [("train_unit", 9), ("serve_block", 3), ("react", 2)])
+@pytest.mark.parametrize(("name", "call"), [("train_unit", 5), ("serve_block", 3), ("react", 2)])
 def test_a_worker_killed_in_training_serving_or_repruning_changes_nothing(reference, tmp_path, name, call):
     with fs.RayExecutor(workers=2) as executor:
         killer = Killer(executor, name, call)
@@ -106,7 +106,7 @@ def test_a_driver_that_dies_at_any_commit_resumes_to_the_same_tables(reference, 
     monkeypatch.setattr(RunStore, "write_part", counted(write))
     monkeypatch.setattr(RunStore, "save_checkpoint", counted(save))
     deaths = 0
-    for commit in range(1, 60, 2):
+    for commit in range(1, 60, 4):
         limit[0] = commit
         try:
             run = fs.simulate(tiny.simulation(), tmp_path / str(commit), executor=fs.SerialExecutor(), progress=False)
@@ -117,7 +117,7 @@ def test_a_driver_that_dies_at_any_commit_resumes_to_the_same_tables(reference, 
         else:
             break
         assert run.digest() == reference.digest(), f"died at commit {commit}"
-    assert deaths >= 5
+    assert deaths >= 4
 
 
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_tables(reference, tmp_path, monkeypatch):

@@ -29,4 +29,4 @@ if __name__ == "__main__":
     import sys
 
     # a driver to be killed: python tiny.py OUT
-    fs.simulate(simulation(rounds=23), sys.argv[1], executor=fs.SerialExecutor(), progress=False)
+    fs.simulate(simulation(rounds=13), sys.argv[1], executor=fs.SerialExecutor(), progress=False)
