@@ -39,11 +39,11 @@ Results = Mapping[str, Sequence[Curves]]
 
 def run(quick: bool, out: Path) -> list[Claim]:
     folder = pictures()
-    seeds, rounds, tuning_rounds = (range(1), 20, 6) if quick else (range(3), 100, 30)
+    seeds, rounds, tuning_rounds = (range(1), 20, 6) if quick else (range(3), 40, 12)
     task = Images(
         train=folder / "train.parquet",
         test=folder / "test.parquet",
-        width=8 if quick else 16,
+        width=8,
         train_limit=20_000 if quick else None,
         test_limit=2_000 if quick else None,
     )
