@@ -23,7 +23,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 claims: $(VENV)/ready
-	$(BIN)/python -m experiments.claims
+	$(BIN)/python -m experiments.claims $(CLAIMS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -73,7 +73,7 @@ class Claim:
     @property
     def holds(self) -> bool:
         operator, limit, _ = self._parts()
-        return _MEETS[operator](self.value, float(limit))
+        return bool(_MEETS[operator](self.value, float(limit)))  # a NumPy value would make a NumPy bool, which JSON refuses
 
     @property
     def unit(self) -> str:
@@ -197,4 +197,4 @@ def provenance(quick: bool) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     """JSON has no nan."""
-    return value if isfinite(value) else None
+    return float(value) if isfinite(value) else None

@@ -22,7 +22,7 @@ _EXPORTS = {
     "fedsim.fleet": ("DeviceClass", "Fleet"),
     "fedsim.monitoring": ("Monitoring",),
     "fedsim.partition": ("IID", "ByKey", "BySize", "Dirichlet", "LabelShards"),
-    "fedsim.policies": ("Never", "Oracle", "Periodic", "RepruneOnAlarm", "Switch"),
+    "fedsim.policies": ("ActingPolicy", "Never", "Oracle", "Periodic", "Policy", "Proposal", "RepruneOnAlarm", "Switch", "View"),
     "fedsim.pruning": ("GISP", "FirstOrder"),
     "fedsim.reactions": ("Adapt", "Reprune"),
     "fedsim.records": ("Alarm", "Deployment", "Event", "Redeployment", "Rejected", "Request", "Round", "Started", "Tick"),
@@ -31,7 +31,7 @@ _EXPORTS = {
     "fedsim.runtime.serial": ("SerialExecutor",),
     "fedsim.simulation": ("Simulation", "resume", "run", "simulate"),
     "fedsim.strategies": ("FedAvg",),
-    "fedsim.stream": ("Serving",),
+    "fedsim.stream": ("All", "Bernoulli", "Sampled", "Serving"),
     "fedsim.workers": ("Workers",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}

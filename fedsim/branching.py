@@ -2,16 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsim.driver import drive
 from fedsim.encoding import packages_of
 from fedsim.policies import Policy, Switch, SwitchState
 from fedsim.runs.run import Run
 from fedsim.runs.schema import SCHEMAS, column
-from fedsim.runs.store import RunStore
+from fedsim.runs.store import RunStore, run_directory
 from fedsim.runtime.executor import Executor
 from fedsim.serving import ServingState
+
+if TYPE_CHECKING:
+    from fedsim.simulation import Simulation
 
 
 def fork(
@@ -22,31 +25,42 @@ def fork(
     Training, submodels and all ticks before the last checkpoint up to ``at`` are taken over. The same policy gives the same
     tables. Raises ``ValueError`` for a tick outside the run and ``CheckpointError`` where the run was not served that far.
     """
-    simulation = run.simulation
+    forked, place = _forked(run, at, policy), _place(run, out)
+    with RunStore.create(place, forked, recipe=run.recipe, trusted=packages_of(forked)) as store:
+        if store.latest_checkpoint("deploy") is None:
+            _take_over(RunStore.open(run.path, trusted=packages_of(forked)), store, at, len(forked.fleet), policy)
+    return drive(forked, place, executor=executor, progress=progress, recipe=run.recipe)
+
+
+def fork_directory(run: Run, *, at: int, policy: Policy, out: str | Path | None = None) -> Path:
+    """Where :func:`fork` stores the run it makes of the same arguments."""
+    return run_directory(_place(run, out), _forked(run, at, policy))
+
+
+def _forked(run: Run, at: int, policy: Policy) -> "Simulation":
+    simulation: Simulation = run.simulation
     if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < simulation.serving.ticks:
         raise ValueError(f"at must be a tick of the run, 0 to {simulation.serving.ticks - 1}, got {at!r}")
-    forked = replace(simulation, policy=Switch(first=simulation.policy, then=policy, at=at))
-    place = run.path.resolve().parent if out is None else Path(out)
-    with RunStore.create(place, forked, trusted=packages_of(forked)) as store:
-        if store.latest_checkpoint("deploy") is None:
-            _take_over(RunStore.open(run.path, trusted=packages_of(forked)), store, at, len(simulation.fleet), policy)
-    return drive(forked, place, executor=executor, progress=progress)
+    return replace(simulation, policy=Switch(first=simulation.policy, then=policy, at=at))
+
+
+def _place(run: Run, out: str | Path | None) -> Path:
+    return run.path.resolve().parent if out is None else Path(out)
 
 
 def _take_over(source: RunStore, store: RunStore, at: int, num_clients: int, policy: Policy) -> None:
-    """Copy what the two runs have in common; the deploy checkpoint comes last, as the sign that all of it is there."""
+    """Copy what the two runs have in common: first the rows, then the checkpoints that make them count, so a killed fork can be resumed."""
     index = max((i for i in source.checkpoints("serve") if i <= at), default=None)
-    for stage in ("train", "serve") if index is not None else ("train",):
-        number = index if stage == "serve" else source.checkpoints(stage)[-1]
-        assert number is not None
-        state = source.checkpoint(stage, number)
-        store.save_checkpoint(stage, number, _switched(state, num_clients, policy) if stage == "serve" else state, keep=stage == "serve")
     for table in SCHEMAS:
         rows = source.table(table)
         if table in ("ticks", "events"):
             rows = rows.filter(_before(rows["tick"], index or 0))
         if len(rows):
             store.write_part(table, index or 0 if table in ("ticks", "events") else 0, {n: column(rows, n) for n in rows.column_names})
+    trained = source.checkpoints("train")[-1]
+    store.save_checkpoint("train", trained, source.checkpoint("train", trained))
+    if index is not None:
+        store.save_checkpoint("serve", index, _switched(source.checkpoint("serve", index), num_clients, policy), keep=True)
     store.save_checkpoint("deploy", 0, source.checkpoint("deploy", 0))
 
 

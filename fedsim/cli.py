@@ -39,14 +39,20 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            path = ctx.obj and ctx.obj.get("path")
-            typer.secho(f"\nInterrupted. Continue with: fedsim resume {path}" if path else "\nInterrupted.", err=True)
+            typer.secho(f"\nInterrupted.{_way_on(ctx.obj or {})}", err=True)
             raise typer.Exit(130) from None
         except (FedsimError, ValueError) as error:
             if ctx.params.get("traceback"):
                 raise
             typer.secho(f"Error: {' '.join(str(error).split())}", fg="red", err=True)
             raise typer.Exit(1) from None
+
+
+def _way_on(told: dict[str, Any]) -> str:
+    path = told.get("path")
+    if path and (path / "config.json").exists():
+        return f" Continue with: fedsim resume {path}"
+    return " The same command goes on from there." if told else ""
 
 
 main = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -86,13 +92,13 @@ def run(
 @main.command()
 def resume(ctx: typer.Context, run: RunText, workers: Workers = None) -> None:
     """Go on with an interrupted run; its tables end as if it had never stopped."""
-    from fedsim.simulation import simulate
+    path = _run_path(run)
+    ctx.obj["path"] = path
+    trusted = _trusted(path)
+    from fedsim.simulation import resume
 
-    stored = _stored(run)
-    ctx.obj["path"] = stored.path
-    simulation, place = stored.simulation, stored.path.resolve().parent
     with _executor(workers) as executor:
-        _tell(simulate(simulation, str(place), executor=executor, recipe=stored.recipe))
+        _tell(resume(path, executor=executor, trusted=trusted))
 
 
 @main.command()
@@ -109,6 +115,7 @@ def report(run: RunText) -> None:
 
 @main.command()
 def fork(
+    ctx: typer.Context,
     run: RunText,
     at: Annotated[int, typer.Option(min=0, help="Tick at which the other policy takes over.")],
     policy: Annotated[str, typer.Option(help="never, periodic:40, alarm, oracle, or path.py:function returning a policy.")],
@@ -116,15 +123,17 @@ def fork(
     workers: Workers = None,
 ) -> None:
     """Replay the world of a run up to a tick, and decide otherwise from there."""
-    from fedsim.branching import fork
+    from fedsim.branching import fork, fork_directory
 
     stored, other = _stored(run), _policy(policy)
+    ctx.obj["path"] = fork_directory(stored, at=at, policy=other, out=out)
     with _executor(workers) as executor:
         _tell(fork(stored, at=at, policy=other, out=out, executor=executor))
 
 
 @main.command()
 def compare(
+    ctx: typer.Context,
     recipe: RecipeText,
     policies: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "never,periodic:40,alarm,oracle",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to this number less one.")] = 5,
@@ -139,16 +148,19 @@ def compare(
     chosen = {name: _policy(name) for name in names}
     from fedsim.comparison import compare
 
+    ctx.obj["again"] = True
     with _executor(workers) as executor:
-        results = compare(simulation, policies=chosen, seeds=range(seeds), out=out, executor=executor)
-    typer.echo(f"{results.table()}\n\n{results.report()}")
+        results = compare(simulation, policies=chosen, seeds=range(seeds), out=out, executor=executor, recipe=str(Recipe.parse(recipe)))
+    typer.echo(f"{results.table()}\n")
+    typer.echo(results.report())
 
 
 @main.command()
-def demo(out: Out = Path("runs"), workers: Workers = None) -> None:
+def demo(ctx: typer.Context, out: Out = Path("runs"), workers: Workers = None) -> None:
     """The whole story on digits in a few minutes: train, prune, drift, detect, re-prune."""
     from fedsim.demo import demo
 
+    ctx.obj["again"] = True
     with _executor(workers) as executor:
         demo(str(out), executor=executor)
 
@@ -187,10 +199,15 @@ def _stored(text: str, *, recipe: bool = True) -> "Run":
     """The run ``text`` names. To go on with it, the recipe it came from is imported and its classes are trusted."""
     from fedsim.runs.run import Run
 
-    stored = Run(_run_path(text))
-    if not recipe or stored.recipe is None:
-        return stored
-    return Run(stored.path, trusted=Recipe.parse(stored.recipe).packages())
+    path = _run_path(text)
+    return Run(path, trusted=_trusted(path) if recipe else ())
+
+
+def _trusted(path: Path) -> tuple[str, ...]:
+    from fedsim.runs.run import Run
+
+    recipe = Run(path).recipe
+    return Recipe.parse(recipe).packages() if recipe else ()
 
 
 def _run_path(text: str) -> Path:

@@ -12,8 +12,8 @@ from fedsim.capacity import Capacity
 from fedsim.fleet import Fleet
 from fedsim.pruning import Pruner, Submodel, lacking
 from fedsim.randomness import permutations, rng_for
-from fedsim.records import Deployment
-from fedsim.rounds import Training
+from fedsim.records import Deployment, Round
+from fedsim.rounds import Training, TrainState
 from fedsim.runtime.executor import Executor
 from fedsim.submodels import DenseModel, Deployed, Variant, dense_model
 from fedsim.tasks import Batch, Dataset, Splits, Task
@@ -126,27 +126,40 @@ class _Cut(Task):
         return self.task.correct(model, batch)
 
 
-def recover(simulation: "Simulation", params: Floats, deployed: Deployed, executor: Executor) -> Deployed:
-    """``deployed`` with every pruned variant trained by the fleet for ``recovery_rounds``, as the dense model was."""
-    return replace(deployed, variants=tuple(_recovered(simulation, params, v, executor) for v in deployed.variants))
+def recover(simulation: "Simulation", trained: TrainState, deployed: Deployed, executor: Executor) -> tuple[Deployed, list[Round]]:
+    """``deployed`` with every pruned variant trained by the fleet for ``recovery_rounds``, as the dense model was, and the rounds that took.
+
+    Rounds, cohorts and the clock go on where training stopped.
+    """
+    variants, rounds = [], []
+    state = trained
+    for variant in deployed.variants:
+        if variant.submodel.kept.all():
+            variants.append(variant)
+            continue
+        state, found = _recovered(simulation, trained.params, variant, state, executor)
+        variants.append(replace(variant, weights=state.params))
+        rounds += found
+    return replace(deployed, variants=tuple(variants)), rounds
 
 
-def _recovered(simulation: "Simulation", params: Floats, variant: Variant, executor: Executor) -> Variant:
-    if variant.submodel.kept.all():
-        return variant
-    cut = _Cut(task=simulation.task, params=params, pruner=simulation.deployment, submodel=variant.submodel)
+def _recovered(
+    simulation: "Simulation", params: Floats, variant: Variant, state: TrainState, executor: Executor
+) -> tuple[TrainState, list[Round]]:
+    last = state.round + simulation.recovery_rounds
     training = Training.prepare(
-        task=cut,
+        task=_Cut(task=simulation.task, params=params, pruner=simulation.deployment, submodel=variant.submodel),
         fleet=simulation.fleet,
         strategy=simulation.strategy,
         communication=simulation.communication,
-        rounds=simulation.recovery_rounds,
-        evaluate_every=simulation.recovery_rounds,
+        rounds=last,
+        evaluate_every=last,
         lanes=simulation.lanes,
         seed=simulation.seed,
         executor=executor,
     )
-    state = training.init()
-    while state.round < simulation.recovery_rounds:
-        state, _ = training.step(state)
-    return Variant(variant.submodel, state.params)
+    state, rounds = replace(training.init(), round=state.round, clock=state.clock), []
+    while state.round < last:
+        state, found = training.step(state)
+        rounds.append(replace(found, note="; ".join(filter(None, [f"recovery of level {variant.submodel.level:g}", found.note]))))
+    return state, rounds

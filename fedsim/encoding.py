@@ -29,7 +29,7 @@ _TRUSTED = ("fedsim", "detection")
 
 
 def digest(*values: Any) -> str:
-    """Content digest (32 hexadecimal characters) of ``values``; equal values give equal digests on every machine."""
+    """Content digest (32 hexadecimal characters) of ``values``; the same types and contents give the same digest on every machine."""
     tree, arrays = encode(values)
     return _digest(tree, arrays)
 
@@ -108,6 +108,12 @@ def packages_of(value: Any) -> tuple[str, ...]:
     """Top-level packages of the classes and functions in ``value``, beside fedsim's own: what :func:`decode` must trust to rebuild it."""
     found = {name.partition(":")[0].partition(".")[0] for name in _names(encode(value)[0])}
     return tuple(sorted(found - set(_TRUSTED)))
+
+
+def classes_of(value: Any) -> list[Any]:
+    """The user's own classes and functions in ``value``: those of packages beside fedsim's own, by name."""
+    names = sorted({name for name in _names(encode(value)[0]) if name.partition(":")[0].partition(".")[0] not in _TRUSTED})
+    return [_import(name, packages_of(value)) for name in names]
 
 
 def _names(tree: Any) -> Iterator[str]:

@@ -11,19 +11,24 @@ from detection import DetectorState, FittedScores, NormalScores, RobustScoreCUSU
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-POOLED = 0.9  # share of the fleet that must have been seen before its common shape is fitted
+POOLED = 0.9  # share of the fleet that must have been seen for a calibration before its common shape is fitted
 
 
 @dataclass(frozen=True, eq=False)
 class MonitorState:
     """``buffer`` (C, calibration) holds a client's losses while its in-control law is being learnt, ``filled`` (C,) how many.
 
-    ``needed`` (C,) is how many it waits for, 0 once the law stands.
+    ``needed`` (C,) is how many it waits for, 0 once the law stands. ``seen`` (C,) counts all its active ticks, ``quiet_at`` (C,) is the
+    last tick at which its statistic was 0, and ``tick`` the one that comes next.
     """
+
+    tick: int
 
     buffer: Floats
     filled: NDArray[np.int64]
     needed: NDArray[np.int64]
+    seen: NDArray[np.int64]
+    quiet_at: NDArray[np.int64]
     scores: FittedScores | None
     detector: DetectorState
     reference: Floats
@@ -68,9 +73,12 @@ class Monitoring:
 
     def init(self, num_clients: int) -> MonitorState:
         return MonitorState(
+            tick=0,
             buffer=np.full((num_clients, self.calibration), np.nan),
             filled=np.zeros(num_clients, np.int64),
             needed=np.full(num_clients, self.calibration),
+            seen=np.zeros(num_clients, np.int64),
+            quiet_at=np.full(num_clients, -1),
             scores=None,
             detector=self.fitted.init(num_clients),
             reference=np.full(num_clients, np.nan),
@@ -78,53 +86,58 @@ class Monitoring:
 
     def step(self, state: MonitorState, losses: Floats, active: Flags) -> tuple[MonitorState, Flags]:
         """Take in the fleet's losses (C,) of one tick; alarms (C,) among the ``active`` clients whose law stands."""
-        watched = active & (state.needed == 0)
+        watched = active & self.watched(state)
         detector = state.detector
         if state.scores is not None and watched.any():
             signal = np.where(watched, state.scores.transform(np.where(watched, losses, 1.0)), 0.0)
             detector = self.fitted.step(detector, signal, watched)
         alarms = np.asarray(self.fitted.alarms(detector)) & watched
-        learning = active & (state.filled < state.needed)
-        return self._learn(replace(state, detector=detector), losses, learning), alarms
+        quiet_at = np.where(watched & (detector.statistic > 0), state.quiet_at, state.tick)
+        state = replace(
+            state, tick=state.tick + 1, detector=detector, seen=state.seen + active, quiet_at=np.where(active, quiet_at, state.quiet_at)
+        )
+        return self._learn(state, losses, active & (state.filled < state.needed)), alarms
+
+    def watched(self, state: MonitorState) -> Flags:
+        """Clients (C,) whose in-control law stands, so that they can alarm."""
+        return np.asarray(state.needed == 0)
 
     def relearn(self, state: MonitorState, clients: Flags) -> MonitorState:
         """Forget the in-control law of ``clients`` (C,), whose submodel changed, and learn it anew."""
         return replace(
             state,
             filled=np.where(clients, 0, state.filled),
-            needed=np.where(clients, self.recalibration if state.scores is not None else self.calibration, state.needed),
+            needed=np.where(clients, self.recalibration, state.needed),
+            quiet_at=np.where(clients, state.tick, state.quiet_at),
             detector=self.fitted.restart(state.detector, clients),
         )
 
     def restart(self, state: MonitorState, clients: Flags) -> MonitorState:
         """Set the statistic of ``clients`` (C,) back to 0; their law stays."""
-        return replace(state, detector=self.fitted.restart(state.detector, clients))
+        quiet_at = np.where(clients, state.tick - 1, state.quiet_at)
+        return replace(state, detector=self.fitted.restart(state.detector, clients), quiet_at=quiet_at)
 
-    def changed_at(self, state: MonitorState, tick: int) -> NDArray[np.int64]:
-        """Estimated first changed tick of each client (C,), seen from ``tick``; ticks a client missed count as not passed."""
-        seen_since = state.detector.clock - np.asarray(self.fitted.changed_at(state.detector)) + 1
-        return np.asarray(tick + 1 - seen_since)
+    def changed_at(self, state: MonitorState) -> NDArray[np.int64]:
+        """Estimated first changed tick of each client (C,): one after the last tick at which its statistic was 0."""
+        return state.quiet_at + 1
 
     def _learn(self, state: MonitorState, losses: Floats, learning: Flags) -> MonitorState:
-        if not learning.any():
-            return state
-        buffer = state.buffer.copy()
-        rows = np.flatnonzero(learning)
-        buffer[rows, state.filled[rows]] = losses[rows]
-        filled = state.filled + learning
-        done = (state.needed > 0) & (filled >= state.needed)
-        state = replace(state, buffer=buffer, filled=filled)
+        if learning.any():
+            buffer, rows = state.buffer.copy(), np.flatnonzero(learning)
+            buffer[rows, state.filled[rows]] = losses[rows]
+            state = replace(state, buffer=buffer, filled=state.filled + learning)
+        done = (state.needed > 0) & (state.filled >= state.needed)
         return self._settle(state, done) if done.any() else state
 
     def _settle(self, state: MonitorState, done: Flags) -> MonitorState:
         """Give the clients of ``done`` (C,) their in-control law; the first time, together with the fleet's pooled shape."""
-        seen = np.arange(self.calibration) < state.filled[:, None]
+        there = np.arange(self.calibration) < state.filled[:, None]
         if state.scores is not None:
             width = int(state.filled[done].max())
-            scores = state.scores.refit(done, state.buffer[done, :width], seen[done, :width])
-        elif done.mean() >= POOLED:
-            scores = NormalScores(clip=self.clip).fit(np.where(seen, state.buffer, 0.0), seen)
+            scores = state.scores.refit(done, state.buffer[done, :width], there[done, :width])
+        elif (state.seen >= self.calibration).mean() >= POOLED:
+            scores = NormalScores(clip=self.clip).fit(np.where(there, state.buffer, 0.0), there)
         else:
             return state
-        means = np.where(seen, state.buffer, 0.0).sum(axis=1) / np.maximum(state.filled, 1)
+        means = np.where(there, state.buffer, 0.0).sum(axis=1) / np.maximum(state.filled, 1)
         return replace(state, scores=scores, needed=np.where(done, 0, state.needed), reference=np.where(done, means, state.reference))

@@ -82,7 +82,7 @@ class ServeUnit:
 
 
 def serve_block(unit: ServeUnit, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Floats:
-    """Mean loss and accuracy a tick, (n, 2, T). Raises ``DivergedError`` naming the client whose loss is not a number."""
+    """Mean loss and accuracy a tick, (n, 2, T). Raises ``DivergedError`` naming the client whose loss is not finite (its "round" is the block's first tick)."""
     dense, stream, task = dense_model(shared, cache), shared["stream"], shared["task"]
     results = np.empty((len(unit.clients), 2, unit.num))
     for row, (client, variant) in enumerate(zip(unit.clients, unit.variants, strict=True)):
@@ -92,8 +92,8 @@ def serve_block(unit: ServeUnit, shared: Mapping[str, Any], cache: MutableMappin
         with torch.no_grad():
             figures = torch.stack([task.losses(model, batch), task.correct(model, batch)]).double().numpy()
         results[row] = figures.reshape(2, unit.num, -1).mean(axis=2)
-        if np.isnan(results[row, 0]).any():
-            raise DivergedError("the loss of a served batch is not a number", client=client, round=unit.first)
+        if not np.isfinite(results[row, 0]).all():
+            raise DivergedError("the loss of a served batch is not finite", client=client, round=unit.first)
     return results
 
 
@@ -104,6 +104,12 @@ class _Once(nn.Module):
         super().__init__()
         self.model = model
         self.seen: tuple[torch.Tensor, Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # a task may reach for parts of its model
+            return getattr(super().__getattr__("model"), name)
 
     def forward(self, inputs: torch.Tensor) -> Any:
         if self.seen is None or self.seen[0] is not inputs:
@@ -127,7 +133,7 @@ class Server:
             "gisp": gisp,
             "model": dense.digest,
         }
-        self.world = encoding.digest(dense.digest, simulation.serving, simulation.fleet, simulation.seed)
+        self.world = encoding.digest(dense.digest, simulation.serving, simulation.fleet, gisp, simulation.seed)
 
     @classmethod
     def prepare(
@@ -140,7 +146,6 @@ class Server:
         memo: Memo | None,
     ) -> "Server":
         """``memo`` keeps losses by content, so runs in the same world share it."""
-        simulation.monitoring.fitted  # noqa: B018 - an impossible design is refused before the first tick
         dense = DenseModel.of(simulation.task, params, simulation.deployment)
         return cls(simulation, stream, dense, deployed, executor, {} if memo is None else memo)
 
@@ -205,11 +210,14 @@ class Server:
         return np.stack([self.memo[key][:, at] for key in keys]) if keys else np.empty((0, 2))
 
     def _watch(self, state: ServingState, losses: Floats, active: Flags) -> tuple[ServingState, Flags, Floats, list[Event]]:
-        """One detector step for the fleet: alarms, statistics before those that alarmed restart. Clients with an action under way do not alarm."""
+        """One detector step for the fleet: alarms, and statistics before those that alarmed restart, ``nan`` for clients that could not alarm:
+        those whose law is being learnt, and those with an action under way."""
         monitoring = self.simulation.monitoring
+        watched = monitoring.watched(state.monitor) & ~self._in_flight(state)
         monitor, alarms = monitoring.step(state.monitor, losses, active)
-        alarms = alarms & ~self._in_flight(state)
-        statistic, began = monitor.detector.statistic, monitoring.changed_at(monitor, state.tick)
+        alarms = alarms & watched
+        began = monitoring.changed_at(monitor)
+        statistic = np.where(watched, monitor.detector.statistic, np.nan)
         events: list[Event] = [
             Alarm(tick=state.tick, client=int(c), statistic=float(statistic[c]), changed_at=int(began[c])) for c in np.flatnonzero(alarms)
         ]
@@ -221,6 +229,7 @@ class Server:
         """Let the policy decide; its requests begin to collect their windows."""
         rng = rng_for(self.simulation.seed, "policy", state.tick)
         policy, proposals = self.simulation.policy.step(state.policy, self._view(state), alarms, rng)
+        self._check(proposals, self._in_flight(state))
         asked = [Pending(job=state.num_jobs + i, proposal=p, asked=state.tick) for i, p in enumerate(proposals)]
         events: list[Event] = [
             Request(tick=state.tick, client=p.proposal.client, job=p.job, detail=type(p.proposal.action).__name__.lower()) for p in asked
@@ -229,6 +238,16 @@ class Server:
         last[[p.client for p in proposals]] = state.tick
         state = replace(state, policy=policy, pending=(*state.pending, *asked), last_action_tick=last, num_jobs=state.num_jobs + len(asked))
         return state, events
+
+    def _check(self, proposals: Sequence[Proposal], in_flight: Flags) -> None:
+        """``ValueError`` for a policy that asks for a client twice, for one with an action under way, or for one that does not exist."""
+        busy = set(np.flatnonzero(in_flight).tolist())
+        for client in (p.client for p in proposals):
+            if client in busy or not 0 <= client < self.num_clients:
+                raise ValueError(
+                    f"{self.simulation.policy!r} asked for client {client}, which is not in the fleet or already has an action under way"
+                )
+            busy.add(client)
 
     def _view(self, state: ServingState) -> View:
         fleet = self.simulation.fleet
@@ -298,7 +317,9 @@ class Server:
         keys = [
             (
                 self.world,
+                self.executor.gpus_per_worker > 0,
                 p.proposal.client,
+                int(self.deployed.level[p.proposal.client]),
                 p.ticks,
                 encoding.digest(p.proposal.action),
                 state.variants[state.variant[p.proposal.client]].digest,

@@ -1,5 +1,6 @@
 """A whole experiment as one frozen value, and the generator that runs it: train, deploy, serve."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from fedsim.communication import Uniform, UploadSchedule
 from fedsim.deployment import deploy, record, recover
 from fedsim.fleet import Fleet
 from fedsim.monitoring import Monitoring
+from fedsim.parameters import Layout
 from fedsim.policies import Never, Policy
 from fedsim.pruning import GISP, Pruner
 from fedsim.records import Deployment, Record, Round
@@ -86,14 +88,44 @@ def run(simulation: Simulation, executor: Executor | None = None) -> Iterator[Re
     """
     from fedsim.runtime.serial import SerialExecutor
 
+    check(simulation)
     workers = executor or SerialExecutor()
     for step in train_steps(simulation, workers):
         yield from step.records
-    params = step.state.params
-    deployed = deploy_stage(simulation, params, workers)
-    yield deployment_record(simulation, params, deployed)
-    for step in serve_steps(simulation, params, deployed, workers):
+    trained = step.state
+    deployed, recovery = deploy_stage(simulation, trained, workers)
+    yield from recovery
+    yield deployment_record(simulation, trained.params, deployed)
+    for step in serve_steps(simulation, trained.params, deployed, workers):
         yield from step.records
+
+
+def check(simulation: Simulation) -> None:
+    """What can be known before any work starts: raises ``ValueError`` or ``CapacityError`` where a part cannot do what another asks of it.
+
+    The untrained model is traced and pruned once, so an unreachable level or a device that holds none is named now. Warns of
+    changes that come before the monitor has learnt what is normal.
+    """
+    task, fleet, pruner = simulation.task, simulation.fleet, simulation.deployment
+    simulation.monitoring.fitted  # noqa: B018 - an impossible design raises
+    simulation.serving.active(0, len(fleet), simulation.seed)
+    train = task.data().train
+    sizes = fleet.shards(train).sizes
+    if pruner.calibration == "client" and not sizes.all():
+        raise ValueError(f"client {int(np.argmin(sizes))} holds no data to calibrate its submodel on; use GISP(calibration='global')")
+    module = task.build(simulation.seed)
+    dense = DenseModel.of(task, Layout.of(module).flatten(module), pruner)
+    sample = train.batch(np.arange(min(8, len(train))))
+    trajectory = pruner.trajectory(dense.module, dense.smap, task.losses, [sample])
+    removed = dense.smap.removed_counts(np.stack([trajectory.at(level).kept for level in pruner.levels]))
+    simulation.capacity.levels(fleet, dense.smap.cost("bytes", removed), dense.smap.cost("flops", removed))
+    changes = world(simulation).changes
+    early = (changes >= 0) & (changes < simulation.monitoring.calibration)
+    if early.any():
+        warnings.warn(
+            f"{int(early.any(axis=1).sum())} clients change before tick {simulation.monitoring.calibration}, while the monitor learns what is normal for them",
+            stacklevel=3,
+        )
 
 
 def simulate(
@@ -116,15 +148,14 @@ def simulate(
 
 
 def resume(path: str | Path, *, executor: Executor | None = None, progress: bool = True, trusted: tuple[str, ...] = ()) -> "Run":
-    """Continue the run stored at ``path``, whose tables end as if it had never stopped.
+    """Continue the run stored in the directory ``path``; its tables end as if it had never stopped.
 
-    ``trusted`` names the packages of a user's own classes in it, which are imported. Raises ``CheckpointError`` for a damaged run.
+    ``trusted`` names the packages of a user's own classes in it, which are imported. Raises ``CheckpointError`` for a damaged run,
+    and for one made by other code or from other data.
     """
-    from fedsim.driver import drive
-    from fedsim.runs.run import Run
+    from fedsim.driver import drive_stored
 
-    stored = Run(path, trusted=trusted)
-    return drive(stored.simulation, Path(path).resolve().parent, executor=executor, progress=progress, recipe=stored.recipe)
+    return drive_stored(path, executor=executor, progress=progress, trusted=trusted)
 
 
 def train_steps(simulation: Simulation, executor: Executor, state: TrainState | None = None) -> Iterator[Step]:
@@ -146,20 +177,18 @@ def train_steps(simulation: Simulation, executor: Executor, state: TrainState | 
         yield Step("train", state.round, state, (finished,))
 
 
-def deploy_stage(simulation: Simulation, params: NDArray[np.floating], executor: Executor) -> Deployed:
-    """The submodels the fleet starts to serve with."""
+def deploy_stage(simulation: Simulation, trained: TrainState, executor: Executor) -> tuple[Deployed, list[Round]]:
+    """The submodels the fleet starts to serve with, and the rounds of their recovery, if any."""
     deployed = deploy(
         task=simulation.task,
         fleet=simulation.fleet,
         pruner=simulation.deployment,
         capacity=simulation.capacity,
-        params=params,
+        params=trained.params,
         seed=simulation.seed,
         executor=executor,
     )
-    if simulation.recovery_rounds:
-        return recover(simulation, params, deployed, executor)
-    return deployed
+    return recover(simulation, trained, deployed, executor) if simulation.recovery_rounds else (deployed, [])
 
 
 def deployment_record(simulation: Simulation, params: NDArray[np.floating], deployed: Deployed) -> Deployment:
@@ -187,6 +216,11 @@ def serve_steps(
     while state.tick < simulation.serving.ticks:
         state, records = server.step(state)
         yield Step("serve", state.tick, state, records)
+    if state.monitor.scores is None:
+        warnings.warn(
+            f"nobody was ever watched: {simulation.monitoring.calibration} calibration ticks a client were never reached in {state.tick} ticks",
+            stacklevel=2,
+        )
 
 
 __all__ = ["Round", "Simulation", "Step", "resume", "run", "simulate"]

@@ -3,11 +3,16 @@
 ``train -> deploy -> serve``: each digest covers the parts of the Simulation the stage reads and the digest of the stage before.
 """
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+import fedsim
 from fedsim import encoding
+from fedsim.parameters import Layout
 
 if TYPE_CHECKING:
     from fedsim.simulation import Simulation
@@ -16,14 +21,51 @@ TRAIN = ("task", "fleet", "strategy", "communication", "rounds", "evaluate_every
 DEPLOY = ("deployment", "capacity", "recovery_rounds")
 
 
-def train_digest(simulation: "Simulation") -> str:
-    """Digest of the trained model: what it was trained on, by whom, how, for how long, from which seed."""
-    return encoding.digest("train", *(getattr(simulation, name) for name in TRAIN))
+@dataclass(frozen=True)
+class Origin:
+    """What decides a run's numbers beside its Simulation: versions, the user's own code, the data, the model, and where reactions run."""
+
+    fedsim: str
+    torch: str
+    code: str
+    data: str
+    model: str
+    reactions: str
+
+    @classmethod
+    def of(cls, simulation: "Simulation", *, gpu: bool) -> "Origin":
+        task = simulation.task
+        module = task.build(simulation.seed)
+        return cls(
+            fedsim=fedsim.__version__,
+            torch=torch.__version__,
+            code=encoding.digest([_source(value) for value in encoding.classes_of(simulation)]),
+            data=encoding.digest(*((split.inputs, split.targets) for split in task.data())),
+            model=encoding.digest(Layout.of(module).flatten(module)),
+            reactions="cuda" if gpu else "cpu",
+        )
+
+    def differences(self, other: "Origin") -> list[str]:
+        """Names of the fields in which two origins differ."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
 
 
-def deploy_digest(simulation: "Simulation") -> str:
+def train_digest(simulation: "Simulation", origin: Origin) -> str:
+    """Digest of the trained model: what it was trained on, by whom, how, for how long, from which seed, by which code."""
+    return encoding.digest("train", replace(origin, reactions=""), *(getattr(simulation, name) for name in TRAIN))
+
+
+def deploy_digest(simulation: "Simulation", origin: Origin) -> str:
     """Digest of the fleet's submodels."""
-    return encoding.digest("deploy", train_digest(simulation), *(getattr(simulation, name) for name in DEPLOY))
+    return encoding.digest("deploy", train_digest(simulation, origin), *(getattr(simulation, name) for name in DEPLOY))
+
+
+def _source(value: Any) -> str:
+    """Source text of a user's class or function; its name where there is none (a session typed by hand)."""
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return f"{value.__module__}:{value.__qualname__}"
 
 
 @dataclass(frozen=True)

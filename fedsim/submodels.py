@@ -43,7 +43,7 @@ class Deployed:
 class DenseModel:
     """The trained ``module``, its structures and its flat parameters (P,): what every submodel is cut from.
 
-    ``digest`` names the task's parameters and the way their structures are traced.
+    ``digest`` names the task, its parameters and the way their structures are traced.
     """
 
     module: nn.Module
@@ -59,7 +59,7 @@ class DenseModel:
         layout.load(module, params)
         module.eval()
         smap = structure_map(module, task.example, couple_residual=pruner.couple_residual)
-        return cls(module.to(device), smap, layout, params, encoding.digest(params, smap.fingerprint))
+        return cls(module.to(device), smap, layout, params, encoding.digest(task, params, smap.fingerprint))
 
     def sliced(self, variant: Variant) -> nn.Module:
         """The variant as a module of its own, in evaluation mode."""

@@ -73,10 +73,15 @@ def run(quick: bool, out: Path) -> list[Claim]:
 
 def _pays(switch: PolicyComparison) -> list[Claim]:
     share = switch.recovered("alarm")
-    samples = _recovered(switch)
-    note = f"95 % interval over {len(samples)} seeds [{share.low:.2f}, {share.high:.2f}]"
     return [
-        Claim.measured("A: alarm recovers, of what the oracle recovers over never", samples, bar=RECOVERED, note=note),
+        Claim(
+            name="A: alarm recovers, of what the oracle recovers over never",
+            value=share.mean,
+            spread=(share.high - share.low) / 3.92,  # a 95 % interval is 3.92 standard errors wide
+            bar=RECOVERED,
+            seeds=len(switch.seeds),
+            note=f"ratio of means, 95 % interval over seeds [{share.low:.2f}, {share.high:.2f}]",
+        ),
         *(
             Claim.measured(
                 f"A: re-prune minus '{rival}', accuracy at the end", _difference(switch, "alarm", rival, "accuracy_end"), bar=RIVAL
@@ -113,11 +118,6 @@ def _measure(
     print(f"{title}, {len(seeds)} seeds\n{found.table()}\n\n{found.differences()}\n", flush=True)
     found.report(out / f"{simulation.name}.html")
     return found
-
-
-def _recovered(found: PolicyComparison) -> list[float]:
-    never, alarm, oracle = (found.values(name, "accuracy_after") for name in ("never", "alarm", "oracle"))
-    return list(map(float, (alarm - never) / (oracle - never)))
 
 
 def _difference(found: PolicyComparison, first: str, second: str, figure: str = "accuracy_after") -> list[float]:

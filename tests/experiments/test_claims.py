@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import claims, studies
+from experiments import claims, settings, studies
 from experiments.studies import cifar10_rounds, communication
 from experiments.study import Claim, Outcome, conduct, standard_error, table
 from experiments.training import Curves, train
@@ -61,6 +61,11 @@ def test_an_undefined_value_meets_no_bar(bar):
 def test_a_bar_without_operator_and_number_is_refused(bar):
     with pytest.raises(ValueError, match="bar of 'gain'"):
         Claim(name="gain", value=1.0, spread=0.0, bar=bar, seeds=1)
+
+
+def test_a_claim_on_numpy_numbers_can_be_written_as_json():
+    claim = Claim(name="x", value=np.float32(0.5), spread=np.float64("nan"), bar="<= 2 %", seeds=2)
+    assert json.loads(json.dumps(claim.as_json()))["holds"] is True
 
 
 def test_spread_is_the_standard_error_of_the_mean():
@@ -149,8 +154,8 @@ def test_a_training_that_diverged_has_no_final_accuracy():
 
 @pytest.mark.parametrize("uploads", [1.0, 1.04, 3.788, 4.3, 19.9, 64.0])
 def test_a_matched_uniform_schedule_spends_its_total_to_half_an_upload(uploads):
-    schedule: UploadSchedule = communication.UniformTotal(uploads=uploads)
-    cohort = cohort_of(communication.Setting(title="", hidden=(), labels=1, cohort=10, methods=()).fleet(0), range(10))
+    schedule: UploadSchedule = settings.UniformTotal(uploads=uploads)
+    cohort = cohort_of(settings.Setting(title="", hidden=(), labels=1, cohort=10, methods=()).fleet(0), range(10))
     rounds = [schedule.assign(cohort, r, 0) for r in range(20)]
     assert all(len(set(r.points)) == 1 for r in rounds)
     assert abs(sum(len(r.points[0]) for r in rounds) - 20 * uploads) <= 0.5 + 1e-9
@@ -160,7 +165,7 @@ def cohort_of(fleet: Fleet, clients, size: int = 9640) -> Cohort:
     chosen = np.array(clients, np.int64)
     return Cohort(
         clients=chosen,
-        steps=communication.STEPS,
+        steps=settings.STEPS,
         fleet_size=len(fleet),
         upload=size + 8,
         download=size,
@@ -174,7 +179,7 @@ def cohort_of(fleet: Fleet, clients, size: int = 9640) -> Cohort:
 
 def test_in_equal_time_only_fast_clients_join_the_group_and_the_round_lasts_as_long_as_that_of_fedavg():
     fleet = communication.equal_time("", 1).fleet(3)
-    fast = fleet.up > communication.SLOW
+    fast = fleet.up > settings.SLOW
     assert fast.sum() == 30
     chosen, everyone = DynamicFL(high=1, budget=1.0, clients="by-link"), communication.EveryFastClient(high=1)
     for round in range(20):
@@ -197,12 +202,13 @@ class OwnProcess:
 
 
 def test_a_setting_is_measured_with_matched_bytes_and_every_method_in_the_table(monkeypatch, capsys):
+    monkeypatch.setattr(settings, "STEPS", 8)
     monkeypatch.setattr(communication, "STEPS", 8)
-    monkeypatch.setattr(communication, "RATES", {(): (0.3,)})
-    monkeypatch.setattr(communication, "TUNING_SEEDS", (1000,))
+    monkeypatch.setattr(settings, "RATES", {(): (0.3,)})
+    monkeypatch.setattr(settings, "TUNING_SEEDS", (1000,))
     setting = communication.equal_bytes("tiny", (), 1, 10, 5, 1)
     setting = replace(setting, methods=tuple(replace(m, rounds=3) for m in setting.methods))
-    results = communication.measure(setting, range(2), OwnProcess())
+    results = settings.measure(setting, range(2), OwnProcess())
     shown = capsys.readouterr().out
     assert all(method.name in shown for method in setting.methods)
     half_an_upload, histograms = 100 * 5 / 120, 1.0  # in percent: each of 10 clients uploads about 12 times in the three rounds

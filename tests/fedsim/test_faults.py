@@ -195,10 +195,10 @@ def test_a_step_leaves_the_state_it_started_from_as_it_was():
 
     simulation, executor = tiny.simulation(), fs.SerialExecutor()
     for step in train_steps(simulation, executor):
-        params = step.state.params
-    deployed = deploy_stage(simulation, params, executor)
+        trained = step.state
+    deployed, _ = deploy_stage(simulation, trained, executor)
     before = None
-    for number, step in enumerate(serve_steps(simulation, params, deployed, executor)):
+    for number, step in enumerate(serve_steps(simulation, trained.params, deployed, executor)):
         if before is not None:
             assert encoding.digest(before[0]) == before[1]
         if number % 10 == 0 or 40 <= number < 60:

@@ -86,7 +86,7 @@ def test_the_estimated_change_is_near_the_true_one():
     errors = []
     for tick in range(150, 200):
         state, alarms = monitoring.step(state, losses(rng, 200, 1, shift=2.0)[:, 0], np.ones(200, bool))
-        errors += (monitoring.changed_at(state, tick)[alarms] - 150).tolist()
+        errors += (monitoring.changed_at(state)[alarms] - 150).tolist()
         state = monitoring.restart(state, alarms)
     assert abs(np.median(errors[:200])) <= 2
 
