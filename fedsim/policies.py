@@ -50,11 +50,17 @@ class TrueView(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A request: do ``action`` for ``client``, to serve from ``latency`` ticks after now at the earliest."""
+    """A request: do ``action`` for ``client``, to be done ``latency`` ticks after now at the earliest; the download, at least a tick, comes on top.
+
+    Raises ``ValueError`` for a negative latency.
+    """
 
     client: int
     action: Action
     latency: int
+
+    def __post_init__(self) -> None:
+        check_whole("latency", self.latency, 0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -35,11 +35,13 @@ _BATCH = 256
 class Reprune:
     """A new submodel at the client's level, from the dense model (``mode="restart"``), calibrated on ``window`` examples.
 
-    ``labels="self"`` takes the dense model's predictions as targets, "true" the labels. ``tune_steps`` Adam steps at ``lr``
+    ``labels="self"`` takes the dense model's predictions as targets, "true" the labels; ``gate`` says by which of the two the held-out third
+    is judged. ``tune_steps`` Adam steps at ``lr``
     may follow; keep them below half the window. Raises ``ValueError`` for a window below 8 examples.
     """
 
     labels: Literal["self", "true"] = "self"
+    gate: Literal["true", "self"] = "true"
     mode: Literal["restart"] = "restart"
     tune_steps: int = 0
     lr: float = 1e-3
@@ -47,6 +49,7 @@ class Reprune:
 
     def __post_init__(self) -> None:
         _check_choice("labels", self.labels, ("self", "true"))
+        _check_choice("gate", self.gate, ("true", "self"))
         _check_choice("mode", self.mode, ("restart",))
         _check_numbers(self, tune_steps=0)
 
@@ -55,11 +58,12 @@ class Reprune:
 class Adapt:
     """The deployed submodel, tuned by ``steps`` Adam steps at ``lr`` on ``window`` examples: only its last layer ("head") or all of it.
 
-    ``teacher="labels"`` learns the labels; "dense" learns the dense model's probabilities and needs no label (Hinton et al., arXiv:1503.02531).
+    ``teacher="labels"`` learns the labels; "dense" learns the dense model's probabilities (Hinton et al., arXiv:1503.02531). ``gate`` as in :class:`Reprune`.
     """
 
     part: Literal["head", "all"] = "all"
     teacher: Literal["labels", "dense"] = "dense"
+    gate: Literal["true", "self"] = "true"
     steps: int = 32
     lr: float = 1e-3
     window: int = 64
@@ -67,6 +71,7 @@ class Adapt:
     def __post_init__(self) -> None:
         _check_choice("part", self.part, ("head", "all"))
         _check_choice("teacher", self.teacher, ("labels", "dense"))
+        _check_choice("gate", self.gate, ("true", "self"))
         _check_numbers(self, steps=1)
 
     @property
@@ -76,6 +81,11 @@ class Adapt:
 
 
 Action = Reprune | Adapt
+
+
+def needs_labels(action: Action) -> bool:
+    """Whether the window of ``action`` must carry true labels."""
+    return action.labels == "true" or action.gate == "true"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,7 +151,8 @@ def react(job: Job, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) 
     act = _reprune if isinstance(job.action, Reprune) else _adapt
     candidate, flops = act(job, shared, dense, stale, window)
 
-    held = Batch(inputs[split:], _predicted(task, dense, inputs[split:]) if targets is None else targets[split:])
+    judged_by = None if job.action.gate == "self" else targets
+    held = Batch(inputs[split:], _predicted(task, dense, inputs[split:]) if judged_by is None else judged_by[split:])
     models = (dense.module, dense.sliced(stale), dense.sliced(candidate))
     loss_dense, loss_stale, loss_candidate = (_losses(task, model, held, job) for model in models)
     gain, error = _paired(loss_stale, loss_candidate)
@@ -193,7 +204,7 @@ def _reprune(job: Job, shared: Mapping[str, Any], dense: DenseModel, stale: Vari
         window = window._replace(targets=_predicted(task, dense, window.inputs))
     batches = [Batch(*(part[i : i + _BATCH] for part in window)) for i in range(0, len(window.inputs), _BATCH)]
     submodel = pruner.trajectory(dense.module, dense.smap, task.losses, batches).at(pruner.levels[job.level])
-    flops = 3.0 * Submodel.dense(dense.smap).flops(dense.smap) * len(job.inputs) * pruner.plan()[1]
+    flops = 3.0 * Submodel.dense(dense.smap).flops(dense.smap) * len(window.inputs) * pruner.plan()[1]
     if action.tune_steps == 0:
         return Variant(submodel), flops
     small = dense.sliced(Variant(submodel))

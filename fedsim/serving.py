@@ -22,7 +22,7 @@ from fedsim.monitoring import MonitorState
 from fedsim.policies import PolicyState, Proposal, TrueView, View
 from fedsim.pruning import Submodel
 from fedsim.randomness import rng_for
-from fedsim.reactions import Job, Outcome, react
+from fedsim.reactions import Job, Outcome, needs_labels, react
 from fedsim.records import Alarm, Event, Record, Redeployment, Rejected, Request, Started, Tick
 from fedsim.runtime.executor import Executor, Needs
 from fedsim.stream import Stream
@@ -343,7 +343,7 @@ class Server:
             action=action,
             level=int(self.deployed.level[client]),
             inputs=inputs.reshape(-1, *inputs.shape[2:])[: action.window],
-            targets=targets.reshape(-1, *targets.shape[2:])[: action.window],
+            targets=targets.reshape(-1, *targets.shape[2:])[: action.window] if needs_labels(action) else None,
             kept=variant.submodel.kept,
             weights=variant.weights,
             tick=state.tick,

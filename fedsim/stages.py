@@ -12,6 +12,7 @@ import torch
 
 import fedsim
 from fedsim import encoding
+from fedsim.errors import CheckpointError
 from fedsim.parameters import Layout
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ class StageStore:
     def get(self, name: str, digest: str) -> Any:
         """The stored stage, or ``None``. Raises ``CheckpointError`` when its file is damaged."""
         path = self.path(name, digest)
-        return encoding.load(path, trusted=("fedsim", "detection", *self.trusted)) if path.exists() else None
+        try:
+            return encoding.load(path, trusted=("fedsim", "detection", *self.trusted)) if path.exists() else None
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; delete {path} to compute the stage again") from error
 
     def put(self, name: str, digest: str, value: Any) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from fedsim.policies import Never, Oracle, Periodic, Policy, RepruneOnAlarm
 from fedsim.reactions import Adapt, Reprune
 from fedsim.runtime.executor import Executor
 from fedsim.simulation import Simulation
+from fedsim.tasks import Digits
 
 RECOVERED, RIVAL, SAME, REFUSED = ">= 0.8 of the oracle's gain", ">= 0.05 accuracy", "<= 0.03 accuracy", ">= 0.5 of requests"
 
@@ -45,7 +46,7 @@ def cnn_switch() -> Simulation:
     return replace(
         base,
         name="cnn-switch",
-        task=replace(base.task, model="cnn"),
+        task=Digits(model="cnn", domains=("upright", "rotated", "inverted", "noisy")),
         strategy=replace(base.strategy, client_lr=0.05),
         deployment=replace(base.deployment, levels=(0.0, 0.5)),
     )

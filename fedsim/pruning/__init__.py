@@ -5,7 +5,7 @@ from fedsim.pruning.gisp import GISP
 from fedsim.pruning.importance import FirstOrder
 from fedsim.pruning.schedule import Pruner
 from fedsim.pruning.structures import Structure, StructureMap
-from fedsim.pruning.submodel import Submodel, fit_level, lacking
+from fedsim.pruning.submodel import Submodel, lacking
 from fedsim.pruning.tracing import structure_map
 from fedsim.pruning.trajectory import PruningTrajectory
 
@@ -20,7 +20,6 @@ __all__ = [
     "Structure",
     "StructureMap",
     "Submodel",
-    "fit_level",
     "lacking",
     "structure_map",
 ]

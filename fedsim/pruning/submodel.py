@@ -8,11 +8,10 @@ from math import ceil
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import nn
 
 from fedsim.encoding import digest
-from fedsim.errors import CapacityError
 from fedsim.pruning.structures import Bools, Cost, Ints, StructureMap
 
 
@@ -131,26 +130,6 @@ def lacking(old: Submodel | None, new: Submodel, smap: StructureMap) -> int:
         return new.bytes(smap) + mask
     shared = old._checked(smap) & new._checked(smap)
     return new.bytes(smap) - int(smap.cost("bytes", smap.removed_counts(shared))) + mask
-
-
-def fit_level(sizes: ArrayLike, capacities: ArrayLike, *, what: str = "bytes", devices: Sequence[str] | None = None) -> Ints:
-    """Index (C,) of the first level whose size (L,) fits each capacity (C,); sizes fall with the level.
-
-    ``CapacityError`` names the device (``devices`` (C,), else the client's number) that even the last level does not fit.
-
-    >>> fit_level([100, 60, 40], [70, 1000, 40])
-    array([1, 0, 2])
-    """
-    size, capacity = np.atleast_1d(np.asarray(sizes, np.float64)), np.atleast_1d(np.asarray(capacities, np.float64))
-    if size.ndim != 1 or not len(size) or np.any(np.diff(size) > 0):
-        raise ValueError(f"sizes must be one non-increasing row, largest submodel first, got {sizes!r}")
-    if unfit := np.flatnonzero(~(capacity >= size[-1])).tolist():
-        name = devices[unfit[0]] if devices is not None else f"client {unfit[0]}"
-        raise CapacityError(
-            f"no level fits {name} ({len(unfit)} of {len(capacity)} clients): the smallest needs {size[-1]:.6g} {what},"
-            f" it has {capacity[unfit[0]]:.6g}; add a higher level or leave the device out"
-        )
-    return (len(size) - np.searchsorted(size[::-1], capacity, side="right")).astype(np.int64)
 
 
 def _leaving(smap: StructureMap, kept: Bools) -> dict[str, list[tuple[int, Ints]]]:

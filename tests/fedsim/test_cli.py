@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import fedsim
-from fedsim.errors import CapacityError
+from fedsim.errors import CapacityError, FedsimError
 from fedsim.runs.run import Run
 from fedsim.runs.store import RunStore, run_directory
 
@@ -57,16 +57,36 @@ class Engine:
             store.mark_complete()
         return Run(store.path, simulation=simulation)
 
-    def compare(self, simulation, *, policies, seeds, out, executor):
-        self.calls.append((simulation, policies, seeds, out))
-        return type("Comparison", (), {"table": lambda _: "the table", "report": lambda _: Path(out) / "comparison.html"})()
+    def resume(self, path, *, executor=None, progress=True, trusted=()):
+        stored = Run(path, trusted=trusted)
+        self.calls.append((stored.simulation, path, executor, stored.recipe))
+        return stored
+
+    def compare(self, simulation, *, policies, seeds, out, executor, recipe):
+        self.calls.append((simulation, policies, seeds, out, recipe))
+        if isinstance(self.error, KeyboardInterrupt):
+            raise self.error
+
+        def report(_):
+            if self.error:
+                raise self.error
+            return Path(out) / "comparison.html"
+
+        return type("Comparison", (), {"table": lambda _: "the table", "report": report})()
 
     def fork(self, run, *, at, policy, out, executor):
         self.calls.append((run, at, policy, out))
+        if self.error:
+            raise self.error
         return run
+
+    def fork_directory(self, run, *, at, policy, out):
+        return run.path.parent / "forked"
 
     def demo(self, out, *, executor):
         self.calls.append((out, executor))
+        if self.error:
+            raise self.error
 
 
 @pytest.fixture
@@ -74,9 +94,9 @@ def engine(monkeypatch, tmp_path):
     """The command line with a light engine, in an empty directory that holds a recipe."""
     made = Engine()
     for name, contents in {
-        "simulation": {"Simulation": Simulation, "simulate": made.simulate},
+        "simulation": {"Simulation": Simulation, "simulate": made.simulate, "resume": made.resume},
         "comparison": {"compare": made.compare},
-        "branching": {"fork": made.fork},
+        "branching": {"fork": made.fork, "fork_directory": made.fork_directory},
         "demo": {"demo": made.demo},
     }.items():
         module = ModuleType(f"fedsim.{name}")
@@ -191,7 +211,7 @@ def test_interrupting_tells_how_to_go_on(engine):
     assert "not from a trusted package" in resumed.stderr
 
 
-def test_a_run_is_resumed_with_the_classes_of_its_recipe(engine, tmp_path):
+def test_a_run_is_resumed_where_it_lies_with_the_classes_of_its_recipe(engine, tmp_path):
     text = RECIPE.replace("\ndef simulation", "\nfrom shapes import Shaped\n\ndef simulation").replace(
         'Simulation(name="tiny"', 'Shaped(name="tiny"'
     )
@@ -204,10 +224,12 @@ def test_a_run_is_resumed_with_the_classes_of_its_recipe(engine, tmp_path):
         (path,) = (tmp_path / "runs").iterdir()
         for name in ("shaped", "shapes"):
             del sys.modules[name]
-        result = call("resume", path.name[:4])
+        renamed = path.rename(path.with_name("kept"))
+        result = call("resume", "kep")
         assert result.exit_code == 0, result.stderr
         assert [c[0].seed for c in engine.calls] == [1, 1]
         assert engine.calls[1][3] == engine.calls[0][3]
+        assert engine.calls[1][1].resolve() == renamed
     finally:
         for name in ("shaped", "shapes"):
             sys.modules.pop(name, None)
@@ -238,7 +260,7 @@ def test_policies_are_written_as_words(engine):
 
     result = call("compare", "little.py", "--policies", "never, periodic:40,alarm:latency=7+window=32,oracle", "--seeds", 3)
     assert result.exit_code == 0, result.stderr
-    simulation, policies, seeds, out = engine.calls[0]
+    simulation, policies, seeds, out, recipe = engine.calls[0]
     assert simulation == Simulation(name="tiny", seed=1)
     assert policies == {
         "never": Never(),
@@ -246,7 +268,7 @@ def test_policies_are_written_as_words(engine):
         "alarm:latency=7+window=32": RepruneOnAlarm(latency=7, window=32),
         "oracle": Oracle(),
     }
-    assert (seeds, out) == (range(3), Path("runs"))
+    assert (seeds, out, recipe) == (range(3), Path("runs"), f"{Path('little.py').resolve()}:simulation")
     assert result.stdout == "the table\n\nruns/comparison.html\n"
 
 
@@ -295,3 +317,31 @@ def test_a_run_is_forked_under_another_policy(engine):
 def test_the_demo_runs_where_it_is_told(engine):
     assert call("demo", "--out", "there").exit_code == 0
     assert engine.calls == [("there", None)]
+
+
+def test_the_table_of_a_comparison_is_told_before_its_page_fails(engine):
+    engine.error = FedsimError("a report needs matplotlib")
+    result = call("compare", "little.py", "--policies", "never")
+    assert result.exit_code == 1
+    assert result.stdout.strip() == "the table"
+    assert "matplotlib" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("compare", "little.py"), ("demo",)])
+def test_interrupting_many_runs_tells_to_repeat_the_command(engine, arguments):
+    engine.error = KeyboardInterrupt()
+    result = call(*arguments)
+    assert result.exit_code == 130
+    assert result.stderr == "\nInterrupted. The same command goes on from there.\n"
+
+
+def test_interrupting_a_fork_tells_where_it_is_once_it_is_there(engine):
+    with RunStore.create("runs", Simulation(name="tiny")) as store:
+        pass
+    engine.error = KeyboardInterrupt()
+    arguments = ("fork", store.path, "--at", 30, "--policy", "never")
+    assert "The same command goes on" in call(*arguments).stderr
+    forked = store.path.parent / "forked"
+    forked.mkdir()
+    (forked / "config.json").write_text("{}")
+    assert f"Continue with: fedsim resume {forked}" in call(*arguments).stderr

@@ -1,4 +1,5 @@
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,9 @@ import pytest
 from scipy import stats
 
 import fedsim as fs
-from fedsim.comparison import bootstrap
+from fedsim.comparison import PolicyComparison, bootstrap, bootstrap_ratio
+from fedsim.errors import FedsimError
+from fedsim.runs.scores import Scores
 
 spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(spec)
@@ -54,3 +57,66 @@ def test_nothing_to_compare_is_refused():
     with pytest.raises(ValueError, match="at least one policy and one seed"):
         fs.compare(tiny.simulation(), policies={}, seeds=[0])
     assert np.isnan(bootstrap([1.0, float("nan")]).mean)
+
+
+def made_up(**accuracies):
+    """A comparison of policies with the given ``accuracy_after`` in each seed."""
+    scores = {name: tuple(Scores(accuracy_after=a, median_delay=a) for a in values) for name, values in accuracies.items()}
+    return PolicyComparison({}, scores, tuple(range(len(next(iter(scores.values()))))), Path())
+
+
+def test_recovered_is_a_ratio_of_means_that_a_seed_with_nothing_to_gain_cannot_rule():
+    compared = made_up(never=[0.2, 0.3, 0.5], alarm=[0.6, 0.6, 0.49], oracle=[0.7, 0.8, 0.5])
+    recovered = compared.recovered("alarm")
+    assert recovered.mean == pytest.approx((0.4 + 0.3 - 0.01) / (0.5 + 0.5 + 0.0))
+    assert np.isnan(recovered.low), "a resample of the last seed alone has nothing to recover"
+    assert np.isnan(made_up(never=[0.5, 0.6], alarm=[0.5, 0.7], oracle=[0.5, 0.5]).recovered("alarm").mean)
+
+
+def test_the_interval_of_a_ratio_resamples_seeds_jointly():
+    """Where each numerator is the same share of its denominator, the ratio does not vary, however much both do."""
+    gains = np.random.default_rng(0).gamma(4, size=12)
+    interval = bootstrap_ratio(0.8 * gains, gains)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.8, 0.8, 0.8))
+    noisy = bootstrap_ratio(0.8 * gains + np.random.default_rng(1).normal(0, 0.3, 12), gains)
+    assert noisy.low < noisy.mean < noisy.high
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_has_no_mean(bad):
+    assert np.isnan(bootstrap([1.0, bad]).mean)
+    assert np.isnan(bootstrap_ratio([1.0, bad], [1.0, 1.0]).mean)
+
+
+def test_a_mean_over_some_seeds_says_over_how_many():
+    table = made_up(never=[float("nan"), 11.0, 13.0], alarm=[10.0, 11.0, 12.0], periodic=[float("nan")] * 3).table()
+    never, alarm, periodic = table.splitlines()[-3:]
+    assert "12 (2 of 3)" in never
+    assert " of " not in alarm + periodic
+    assert "MB moved" in table
+
+
+def test_an_unknown_policy_or_figure_is_refused():
+    compared = made_up(never=[0.5])
+    with pytest.raises(ValueError, match=r"figure must be one of num_clients, .*harm_changed; got 'typo'"):
+        compared.values("never", "typo")
+    with pytest.raises(ValueError, match=r"policy must be one of \['never'\], got 'alarm'"):
+        compared.values("alarm", "harm")
+
+
+class NoMatplotlib:
+    """An import finder of a machine on which it is not installed."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_without_matplotlib_a_page_is_refused_with_the_way_to_get_it(compared, monkeypatch):
+    for name in ("fedsim.runs.report", "matplotlib.figure", "matplotlib"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NoMatplotlib, *sys.meta_path])
+    for write in (compared.report, compared.runs["never"][0].report):
+        with pytest.raises(FedsimError, match=r"pip install 'fedsim\[plots\]'"):
+            write()

@@ -84,7 +84,7 @@ def test_the_estimated_change_is_near_the_true_one():
     rng, monitoring = np.random.default_rng(5), fs.Monitoring(arl=10_000, calibration=100, recalibration=100)
     state, _ = watch(monitoring, losses(rng, 200, 150))
     errors = []
-    for tick in range(150, 200):
+    for _ in range(150, 200):
         state, alarms = monitoring.step(state, losses(rng, 200, 1, shift=2.0)[:, 0], np.ones(200, bool))
         errors += (monitoring.changed_at(state)[alarms] - 150).tolist()
         state = monitoring.restart(state, alarms)

@@ -205,10 +205,10 @@ def test_react_is_a_pure_function_whatever_the_cache_and_the_executor_hold(dense
 
 def test_flops_follow_the_formula(dense, shared, personal):
     forward = 2 * (64 * 256 + 256 * 256 + 256 * 10)
-    assert react(job(personal, Reprune()), shared, {}).flops == 3 * forward * N * PRUNER.steps
+    assert react(job(personal, Reprune()), shared, {}).flops == 3 * forward * 43 * PRUNER.steps
     tuned = react(job(personal, Reprune(tune_steps=7)), shared, {})
     small = candidate(dense, tuned).submodel.flops(dense.smap)
-    assert tuned.flops == 3 * forward * N * PRUNER.steps + 3 * small * 43 * 7
+    assert tuned.flops == 3 * forward * 43 * PRUNER.steps + 3 * small * 43 * 7
     assert react(job(personal, Adapt(steps=9)), shared, {}).flops == 3 * personal.flops(dense.smap) * 43 * 9
 
 

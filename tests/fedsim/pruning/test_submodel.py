@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fedsim.errors import CapacityError, CheckpointError
-from fedsim.pruning import PruningTrajectory, Random, Submodel, fit_level, lacking, structure_map
+from fedsim.pruning import PruningTrajectory, Random, Submodel, lacking, structure_map
 
 
 def mlp(width: int = 8) -> nn.Module:
@@ -82,24 +82,6 @@ def test_frozen_parameters_are_sliced_but_not_in_the_flat_vector() -> None:
     small = np.concatenate([p.detach().numpy().reshape(-1) for p in sliced.parameters() if p.requires_grad])
     assert np.array_equal(trajectory.at(0.5).slice(vector, smap), small)
     assert trajectory.at(0.5).parameters(smap) == sum(p.numel() for p in sliced.parameters())
-
-
-def test_each_client_gets_the_largest_submodel_that_fits() -> None:
-    rng = np.random.default_rng(0)
-    sizes = np.sort(rng.integers(1, 1000, 5))[::-1]
-    capacities = rng.integers(sizes[-1], 1200, 200)
-    brute = [next(i for i, size in enumerate(sizes) if size <= c) for c in capacities]
-    assert fit_level(sizes, capacities).tolist() == brute
-    assert fit_level(sizes, sizes).tolist() == [0, 1, 2, 3, 4]
-
-
-def test_a_device_that_holds_no_level_is_named_with_the_smallest_need() -> None:
-    with pytest.raises(CapacityError, match=r"fits watch \(1 of 3 clients\): the smallest needs 40 bytes, it has 39"):
-        fit_level([100, 40], [50, 39, 200], devices=["phone", "watch", "tablet"])
-    with pytest.raises(CapacityError, match="client 0"):
-        fit_level([100, 40], [float("nan")])
-    with pytest.raises(ValueError, match="non-increasing"):
-        fit_level([40, 100], [50])
 
 
 def test_levels_outside_the_trajectory_are_refused() -> None:
