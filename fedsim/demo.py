@@ -67,11 +67,11 @@ def demo(out: str | Path = "runs", *, executor: Executor | None = None) -> None:
         _tell(console, "A domain switch: the model knows the new pictures, the deployed submodels do not", switch)
         console.print(f"re-pruning on alarm recovers {switch.recovered('alarm').mean:.0%} of what an oracle recovers over doing nothing\n")
         chosen = {name: policy for name, policy in policies().items() if name in ("never", "alarm")}
-        swap = compare(label_swap(), policies=chosen, out=place / "label-swap", executor=workers)
+        swap = compare(label_swap(), policies=chosen, out=place, executor=workers)
         _tell(console, "A label swap: no submodel of the model can help, and the gate has to refuse", swap)
     page = switch.runs["alarm"][0].report()
     console.print("Pages to open:")
-    for path in (page, switch.report(), swap.report()):
+    for path in (page, switch.report(place / "domain-switch.html"), swap.report(place / "label-swap.html")):
         console.print(f"  {path}", soft_wrap=True)
 
 
