@@ -129,9 +129,10 @@ class _Drive:
             if finished is None:
                 deployed, recovery = deploy_stage(self.simulation, trained, self.executor)
                 tables = tabulate([*recovery, deployment_record(self.simulation, trained.params, deployed)])
-                finished = {"deployed": deployed, "tables": tables | {"truth": self._truth()}}
+                finished = {"deployed": deployed, "tables": tables}
                 self.shared.put("deploy", name, finished)
-            deployed, tables = finished["deployed"], finished["tables"]
+            # the true changes are of this run's world, not of the submodels it shares
+            deployed, tables = finished["deployed"], finished["tables"] | {"truth": self._truth()}
             for table, columns in tables.items():
                 # recovery adds rounds behind those of training
                 self.store.write_part(table, self.simulation.rounds + 1 if table in _TRAIN_TABLES else 0, columns)

@@ -14,6 +14,7 @@ import pytest
 
 import fedsim as fs
 from fedsim.errors import CheckpointError
+from fedsim.runs.store import RunStore
 from fedsim.simulation import deploy_stage, serve_steps, train_steps
 
 TINY = Path(__file__).with_name("tiny.py")
@@ -27,6 +28,10 @@ def reference(tmp_path_factory):
     return fs.simulate(tiny.simulation(), tmp_path_factory.mktemp("serial"), executor=fs.SerialExecutor(), progress=False)
 
 
+def final_parameters(run):
+    return RunStore.open(run.path).latest_checkpoint("train")[1].params
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -34,6 +39,7 @@ def test_any_number_of_ray_workers_gives_the_tables_of_the_serial_run(reference,
     with fs.RayExecutor(workers=workers) as executor:
         run = fs.simulate(tiny.simulation(), tmp_path, executor=executor, progress=False)
     assert run.digest() == reference.digest()
+    np.testing.assert_array_equal(final_parameters(run), final_parameters(reference))
 
 
 class Killer:
@@ -65,6 +71,7 @@ def test_a_worker_killed_in_training_serving_or_repruning_changes_nothing(refere
         run = fs.simulate(tiny.simulation(), tmp_path, executor=killer, progress=False)
     assert killer.killed, f"{name} was called {killer.calls} times"
     assert run.digest() == reference.digest()
+    np.testing.assert_array_equal(final_parameters(run), final_parameters(reference))
 
 
 @pytest.mark.slow
@@ -90,8 +97,6 @@ class Died(BaseException):
 
 
 def test_a_driver_that_dies_at_any_commit_resumes_to_the_same_tables(reference, tmp_path, monkeypatch):
-    from fedsim.runs.store import RunStore
-
     write, save, limit = RunStore.write_part, RunStore.save_checkpoint, [0]
 
     def counted(action):

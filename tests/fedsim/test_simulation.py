@@ -67,6 +67,13 @@ def test_another_policy_takes_over_the_trained_model_and_the_submodels(stored, m
             np.testing.assert_array_equal(column(mine, name), column(theirs, name))
 
 
+def test_runs_that_share_submodels_have_their_own_true_changes(stored):
+    swap = fs.Serving(ticks=100, drift=fs.Drift(fs.LabelSwap(cycle=4), at=50))
+    other = fs.simulate(tiny.simulation(serving=swap, policy=fs.Never()), stored.path.parent, executor=fs.SerialExecutor(), progress=False)
+    assert set(column(other.truth(), "change_at")) == {50}
+    assert set(column(stored.truth(), "change_at")) == {-1, 40}
+
+
 def test_a_run_without_drift_only_alarms_falsely(tmp_path):
     quiet = fs.simulate(tiny.simulation(serving=fs.Serving(ticks=100)), tmp_path, executor=fs.SerialExecutor(), progress=False)
     scores = quiet.scores()
