@@ -1,6 +1,7 @@
 # make demo and make test set up a virtual environment of their own and need nothing installed but Python 3.11+.
 PYTHON ?= python3
 VENV ?= .venv
+OUT ?= runs/demo
 BIN = $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export FLWR_TELEMETRY_ENABLED = 0
@@ -9,7 +10,7 @@ export OMP_NUM_THREADS = 1
 
 .PHONY: demo test fast lint claims
 demo: $(VENV)/ready
-	$(BIN)/fedsim demo --out runs/demo
+	$(BIN)/fedsim demo --out $(OUT)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q

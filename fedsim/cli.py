@@ -23,7 +23,10 @@ Out = Annotated[Path, typer.Option(help="Directory that holds the run directorie
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Ray actors; 0 runs in this process. Default: Ray on all cores. The numbers are the same.")
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all random draws, in place of the recipe's.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, help="Seed of training, streams and policies, in place of the recipe's; its fleet and task keep their own."),
+]
 RecipeText = Annotated[str, typer.Argument(metavar="RECIPE")]
 RunText = Annotated[str, typer.Argument(metavar="RUN")]
 
@@ -41,7 +44,7 @@ class _Commands(typer.core.TyperGroup):
         except KeyboardInterrupt:
             typer.secho(f"\nInterrupted.{_way_on(ctx.obj or {})}", err=True)
             raise typer.Exit(130) from None
-        except (FedsimError, ValueError) as error:
+        except (FedsimError, ValueError, OSError) as error:
             if ctx.params.get("traceback"):
                 raise
             typer.secho(f"Error: {' '.join(str(error).split())}", fg="red", err=True)
@@ -177,8 +180,12 @@ def list_runs(
 
     rows = []
     for path in sorted(path.parent for path in directory.glob("*/config.json")):
-        stored = Run(path)
-        scores = stored.scores()
+        try:
+            stored = Run(path)
+            scores = stored.scores()
+        except FedsimError as error:
+            typer.secho(f"{path.name}: {' '.join(str(error).split())}", fg="red", err=True)
+            continue
         progress = [f"{len(stored.rounds()):,}", f"{scores.num_ticks:,}"]
         rows.append([path.name, stored.status(), *progress, share(scores.test_accuracy), share(scores.accuracy_end), number(scores.harm)])
     header = ["run", "status", "rounds", "ticks", "test accuracy", "changed, at the end", "harm"]
@@ -232,9 +239,10 @@ def _executor(workers: int | None) -> "Iterator[Executor | None]":
         with SerialExecutor() as serial:
             yield serial
     else:
+        from fedsim.driver import gpu_share
         from fedsim.runtime.ray import RayExecutor
 
-        with RayExecutor(workers=workers) as ray:
+        with RayExecutor(workers=workers, gpus_per_worker=gpu_share(workers)) as ray:
             yield ray
 
 

@@ -168,6 +168,7 @@ def compare(
 
     Without ``out`` the runs lie in a new directory among the system's temporary files: ``path`` of the comparison names it,
     and it stays until you or the system delete it. ``recipe`` is where ``simulation`` came from, stored for ``fedsim resume``.
+    Fleet and task are those of ``simulation`` for every seed: intervals speak of training, streams and drift on that fleet and data.
     Training and submodels are computed once a seed, losses of a submodel on a stream once, whichever policies need them.
     Raises ``ValueError`` for no policy or no seed.
     """

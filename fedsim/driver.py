@@ -4,6 +4,7 @@ Order of commits: part files first, then the checkpoint that makes them count. O
 are dropped and written anew with the same rows.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,15 +62,17 @@ def given_or_ray(executor: Executor | None) -> Iterator[Executor]:
     if executor is not None:
         yield executor
         return
-    import os
-
-    import torch
-
     from fedsim.runtime.ray import RayExecutor
 
-    gpus = torch.cuda.device_count()
-    with RayExecutor(gpus_per_worker=min(1.0, gpus / (os.cpu_count() or 1))) as own:
+    with RayExecutor(gpus_per_worker=gpu_share(os.cpu_count() or 1)) as own:
         yield own
+
+
+def gpu_share(workers: int) -> float:
+    """The share of a GPU each of ``workers`` reserves for reactions; 0 where there is none."""
+    import torch
+
+    return min(1.0, torch.cuda.device_count() / workers)
 
 
 def _drive(simulation: Simulation, store: RunStore, executor: Executor | None, progress: bool, memo: Memo | None) -> Run:

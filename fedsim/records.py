@@ -11,7 +11,7 @@ Columns = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Round:
-    """One federated round. Bytes are sums over clients, ``seconds`` and ``clock`` are simulated; test figures are ``nan`` when not evaluated."""
+    """One federated round. Bytes are sums over clients (round 0 adds the label histograms a schedule may ask for), ``seconds`` and ``clock`` are simulated; test figures are ``nan`` when not evaluated."""
 
     round: int
     cohort: NDArray[np.int64]

@@ -133,6 +133,7 @@ class Training:
         clients, waited = self._draw(state.round)
         cohort = self._cohort(clients)
         schedule = self.communication.assign(cohort, state.round, self.seed)
+        _check_points(self.communication, schedule, self.strategy.local_steps)
         merging = Merging.of(self, clients, schedule, state)
         params, server = merging.run()
         seconds = round_seconds(schedule.points, cohort.step_seconds, cohort.up_seconds, cohort.down_seconds)
@@ -180,12 +181,16 @@ class Training:
         return [f"only {len(clients)} of {self.strategy.cohort} clients were available"] if len(clients) < self.strategy.cohort else []
 
     def _summary_bytes(self, round: int) -> int:
-        """Label histograms are sent once, by all clients, before the first round."""
-        return 0 if self.counts is None or round > 0 else len(self.fleet) * summary_bytes(self.counts.shape[1])
+        """Label histograms are sent once, by every client that holds data, before the first round; their time is not on the clock."""
+        return 0 if self.counts is None or round > 0 else self._holders * summary_bytes(self.counts.shape[1])
+
+    @property
+    def _holders(self) -> int:
+        return int((self.shards.sizes > 0).sum())
 
     def _summaries_note(self, round: int) -> list[str]:
         sent = self._summary_bytes(round)
-        return [f"bytes_up includes {sent} bytes of label histograms from all {len(self.fleet)} clients"] if sent else []
+        return [f"bytes_up includes {sent} bytes of label histograms from all {self._holders} clients with data"] if sent else []
 
     def _record(
         self, before: TrainState, after: TrainState, cohort: Cohort, schedule: Schedule, losses: NDArray[np.float64], note: str
@@ -232,6 +237,13 @@ def _check_schedule(strategy: Strategy, communication: UploadSchedule, cohort: i
         raise ValueError(
             f"{type(strategy).__name__} needs one schedule for all clients of a round, but {communication!r} mixes them; use Uniform"
         )
+
+
+def _check_points(communication: UploadSchedule, schedule: Schedule, steps: int) -> None:
+    """A client's points rise and end with the round; ``ValueError`` naming the schedule where they do not."""
+    for points in schedule.points:
+        if points and (list(points) != sorted(set(points)) or points[0] < 1 or points[-1] != steps):
+            raise ValueError(f"{communication!r} gave sync points {points}; they must rise from 1 and end at local_steps={steps}")
 
 
 def _lanes(task: Task, model: Any, data: Splits, batch_size: int, lanes: int | None) -> int:

@@ -140,7 +140,7 @@ def simulate(
 
     An equal simulation found there is continued from its last checkpoint, or returned if it is complete. Stages that an
     earlier run under ``out`` has computed (the trained model, the submodels) are taken over. ``executor`` defaults to
-    Ray on all cores; it never changes a number. Raises ``CheckpointError`` for a damaged or foreign directory.
+    Ray on all cores. It never changes a number, except that a GPU reserved for reactions rounds differently from a CPU: the two do not mix in one run. Raises ``CheckpointError`` for a damaged or foreign directory.
     """
     from fedsim.driver import drive
 

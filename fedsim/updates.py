@@ -1,7 +1,8 @@
 """Weighted means of client updates, folded by one fixed binary tree so that the grouping of work cannot move a bit.
 
 The tree pairs positions (0, 1), (2, 3), ..., carries an odd tail up, and repeats. An aligned run of ``2**j`` leaves is a
-node of it, whoever computes that node. Parameters a client does not hold (a pruned submodel) leave its weight out, as in
+node of it, whoever computes that node. Where clients with different starts meet at a point, they are folded by start,
+then by client. Parameters a client does not hold (a pruned submodel) leave its weight out, as in
 HeteroFL (Diao, Ding, Tarokh, 2021, arXiv:2010.01264).
 """
 

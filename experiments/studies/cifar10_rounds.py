@@ -29,7 +29,7 @@ _CHOSEN = DynamicFL(high=1, budget=0.3)
 METHODS: Mapping[str, tuple[UploadSchedule, str]] = {
     "FedAvg": (Uniform(), GREY),
     "uniform, 4 uploads": (Uniform(uploads=4), ORANGE),
-    "uniform, bytes of DynamicFL": (Uniform.of_equal_bytes(_CHOSEN, COHORT, STEPS), RED),
+    "uniform, about the bytes of DynamicFL": (Uniform.of_equal_bytes(_CHOSEN, COHORT, STEPS), RED),
     "DynamicFL, group 3, high 1": (_CHOSEN, BLUE),
     "DynamicFL, fast links, high 4": (DynamicFL(high=4, budget=0.5, clients="by-link"), GREEN),
     "FedSGD": (FedSGD(), PURPLE),

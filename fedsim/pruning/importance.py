@@ -56,6 +56,8 @@ class FirstOrder:
         for name, allowed in (("aggregate", Aggregate), ("normalise", Normalise), ("reduce", Reduce)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
+        if self.aggregate == "taylor2" and self.reduce != "mean_then_abs":
+            raise ValueError(f"aggregate='taylor2' is signed before its square term and needs reduce='mean_then_abs', got {self.reduce!r}")
 
     def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
         """Scores (S,) by the mean loss of ``objective`` over ``batches``; ``FedsimError`` for a non-finite loss or gradient."""

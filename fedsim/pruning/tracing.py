@@ -268,8 +268,13 @@ def _pin(flows: list[Flow], reason: str) -> None:
 def _join(node: fx.Node, inputs: list[Flow]) -> Flow:
     first, *others = inputs
     shapes = [_shape(a) for a in node.all_input_nodes]
-    aligned = all(f.dim == first.dim and f.width == first.width for f in others) and len({(len(s), s[first.dim]) for s in shapes}) == 1
-    _require(len(inputs) == len(shapes) and aligned, "a sum or product of tensors whose channels do not correspond")
+    aligned = (
+        len(inputs) == len(shapes)
+        and all(f.dim == first.dim and f.width == first.width for f in others)
+        and len({len(s) for s in shapes}) == 1
+        and len({s[first.dim] for s in shapes}) == 1
+    )
+    _require(aligned, "a sum or product of tensors whose channels do not correspond")
     for other in others:
         first.space.join(other.space)
     return first

@@ -255,6 +255,10 @@ class _Map:
 def _connect(address: str | None, workers: int | None, gpus: float) -> bool:
     """Connect to a cluster; whether it is ours to shut down."""
     if ray.is_initialized():
+        if address is not None:
+            raise ValueError(
+                f"this process is already connected to a Ray cluster; call ray.shutdown() before address={address!r}, or give none to join"
+            )
         return False
     if address is None and gpus > 0:
         _check_local_gpus(gpus * (workers or 1))
