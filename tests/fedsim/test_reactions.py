@@ -305,3 +305,15 @@ def test_a_non_finite_loss_names_the_client_and_the_tick(dense, shared, personal
 def test_bad_actions_are_refused_at_construction(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_reaction_judged_by_the_dense_model_reads_no_label(shared, personal):
+    """With false labels, with none: the same outcome, and no label on the wire."""
+    action = Reprune(gate="self")
+    true, none = job(personal, action), job(personal, action, targets=False)
+    false = Job(client=3, action=action, level=1, inputs=true.inputs, targets=(true.targets + 1) % 10, kept=personal.kept)
+    outcomes = [react(j, shared, {}) for j in (true, none, false)]
+    assert len({(o.accepted, o.loss_candidate, o.loss_stale) for o in outcomes}) == 1
+    assert outcomes[1].bytes_up == none.inputs.nbytes
+    labelled = [react(job(personal, Reprune(), seed=0), shared, {}), react(Job(client=3, action=Reprune(), level=1, inputs=true.inputs, targets=(true.targets + 1) % 10, kept=personal.kept), shared, {})]  # fmt: skip
+    assert labelled[0].loss_candidate != labelled[1].loss_candidate, "the default gate does read them"
