@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
+CLAIMS ?= --quick
 BIN = $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export FLWR_TELEMETRY_ENABLED = 0

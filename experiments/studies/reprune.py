@@ -86,7 +86,10 @@ def _pays(switch: PolicyComparison) -> list[Claim]:
         ),
         *(
             Claim.measured(
-                f"A: re-prune minus '{rival}', accuracy at the end", _difference(switch, "alarm", rival, "accuracy_end"), bar=RIVAL
+                f"A: re-prune minus '{rival}', accuracy at the end",
+                _difference(switch, "alarm", rival, "accuracy_end"),
+                bar=RIVAL,
+                note="a stale submodel comes close",
             )
             for rival in RIVALS
         ),
