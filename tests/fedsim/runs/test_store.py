@@ -141,11 +141,11 @@ def test_of_two_who_take_over_a_stale_lock_one_wins(tmp_path, monkeypatch):
     lock = tmp_path / "lock.json"
     me = files.Driver.current()
     quicker = replace(me, pid=os.getppid(), started=files._start_time(os.getppid()))
-    files.write_json(lock, asdict(replace(me, started=me.started - 1)))
+    files.write_json(lock, asdict(replace(me, started=-1)))  # no process starts at -1
     alive = files.Driver.may_be_alive
 
     def beaten_to_it(driver):
-        if driver.started == me.started - 1:
+        if driver.started == -1:
             lock.write_text(json.dumps(asdict(quicker)))  # the other one took over between our look and our act
             return False
         return alive(driver)

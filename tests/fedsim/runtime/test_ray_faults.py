@@ -217,6 +217,15 @@ def test_a_result_that_cannot_be_sent_is_an_error_not_a_hang(two):
         two.map(lock, [0], {})
 
 
+@pytest.fixture
+def heeding_ctrl_c():
+    """A process started in the background of a shell inherits that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_ends_a_map_and_leaves_the_workers_usable(two):
     threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
