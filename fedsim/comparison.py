@@ -155,7 +155,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Scores], float], Callable[[float], str]], .
 
 
 def compare(
-    simulation: "Simulation",
+    simulation: "Simulation | Callable[[int], Simulation]",
     *,
     policies: Mapping[str, Policy],
     seeds: Iterable[int] = (0,),
@@ -169,6 +169,7 @@ def compare(
     Without ``out`` the runs lie in a new directory among the system's temporary files: ``path`` of the comparison names it,
     and it stays until you or the system delete it. ``recipe`` is where ``simulation`` came from, stored for ``fedsim resume``.
     Fleet and task are those of ``simulation`` for every seed: intervals speak of training, streams and drift on that fleet and data.
+    Pass a function of the seed that returns a simulation, and fleet, partition and data split are replicated as well.
     Training and submodels are computed once a seed, losses of a submodel on a stream once, whichever policies need them.
     Raises ``ValueError`` for no policy or no seed.
     """
@@ -180,8 +181,9 @@ def compare(
     with given_or_ray(executor) as workers:
         for seed in seeds:
             memo: Memo = {}
+            world = simulation(seed) if callable(simulation) else simulation
             for name, policy in policies.items():
-                one = replace(simulation, policy=policy, seed=seed, name=f"{simulation.name or 'compare'}-{name}-seed{seed}")
+                one = replace(world, policy=policy, seed=seed, name=f"{world.name or 'compare'}-{name}-seed{seed}")
                 runs[name].append(drive(one, place, executor=workers, progress=progress, recipe=recipe, memo=memo))
     scores = {name: tuple(run.scores() for run in found) for name, found in runs.items()}
     return PolicyComparison({name: tuple(found) for name, found in runs.items()}, scores, seeds, place)

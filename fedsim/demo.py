@@ -26,11 +26,14 @@ CHANGE = 125
 
 
 def domain_switch(seed: int = 0) -> Simulation:
-    """Setting A: 120 phones share a model of four domains; each serves a submodel fitted to its own; 30 % move to inverted pictures."""
+    """Setting A: 120 phones share a model of four domains; each serves a submodel fitted to its own; 30 % move to inverted pictures.
+
+    ``seed`` draws all of it: the data split, the fleet and its partition, training, streams.
+    """
     return Simulation(
         name="domain-switch",
-        task=Digits(domains=("upright", "rotated", "inverted", "noisy")),
-        fleet=Fleet.sample(120, devices="mixed-phones", partition=Dirichlet(alpha=0.05, by="domain", minimum=32), seed=0),
+        task=Digits(domains=("upright", "rotated", "inverted", "noisy"), seed=seed),
+        fleet=Fleet.sample(120, devices="mixed-phones", partition=Dirichlet(alpha=0.05, by="domain", minimum=32), seed=seed),
         strategy=FedAvg(client_lr=0.25, cohort=20),
         communication=DynamicFL(high=1, low=64, budget=0.3),
         rounds=30,

@@ -1,5 +1,6 @@
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,16 @@ def test_a_compared_run_equals_the_same_run_alone(compared, tmp_path):
     together = compared.runs["alarm"][1]
     alone = fs.simulate(together.simulation, tmp_path, executor=fs.SerialExecutor(), progress=False)
     assert alone.digest() == together.digest()
+
+
+def test_a_function_of_the_seed_replicates_the_fleet_too(tmp_path):
+    def world(seed):
+        base = tiny.simulation()
+        return replace(base, fleet=replace(base.fleet, seed=100 + seed))
+
+    two = fs.compare(world, policies={"never": fs.Never()}, seeds=range(2), out=tmp_path, executor=fs.SerialExecutor(), progress=False)
+    assert [run.simulation.fleet.seed for run in two.runs["never"]] == [100, 101]
+    assert [run.simulation.seed for run in two.runs["never"]] == [0, 1]
 
 
 def test_the_table_and_the_page_name_every_policy(compared):
