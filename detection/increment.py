@@ -29,6 +29,10 @@ class Increment(Protocol):
         """``multiplier * z``."""
         ...
 
+    def at(self, rows: slice) -> "Increment":
+        """The increment of the streams ``rows``: itself, unless it holds one law for each stream."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quadratic:
@@ -45,16 +49,21 @@ class Quadratic:
         if self.clip is not None:
             x = np.clip(x, -self.clip, self.clip)
         if self.curvature == 0.0:
-            return self.slope * x + self.offset
-        z = self.curvature * x
-        z += self.slope
-        z *= x
+            z = self.slope * x
+        else:
+            z = self.curvature * x
+            z += self.slope
+            z *= x
         z += self.offset
         return z
 
     def scaled(self, multiplier: float) -> "Quadratic":
         """``multiplier * z``."""
         return replace(self, curvature=multiplier * self.curvature, slope=multiplier * self.slope, offset=multiplier * self.offset)
+
+    def at(self, rows: slice) -> "Quadratic":
+        """Itself: all streams share it."""
+        return self
 
     def mean(self, law: Gaussian) -> float:
         """Drift ``E z(X)`` under ``law``."""
@@ -121,6 +130,10 @@ class QuadraticForm:
         rows = tuple(tuple(multiplier * k for k in row) for row in self.curvature)
         return QuadraticForm(curvature=rows, slope=tuple(multiplier * k for k in self.slope), offset=multiplier * self.offset)
 
+    def at(self, rows: slice) -> "QuadraticForm":
+        """Itself: all streams share it."""
+        return self
+
     def mean(self, law: Gaussian) -> float:
         """Drift ``E z(X)`` under ``law``."""
         a, b, m = np.asarray(self.curvature), np.asarray(self.slope), np.asarray(law.mean)
@@ -155,6 +168,40 @@ class ScoreDifference:
     def scaled(self, multiplier: float) -> "ScoreDifference":
         """``multiplier * z``."""
         return replace(self, multiplier=multiplier * self.multiplier)
+
+    def at(self, rows: slice) -> "ScoreDifference":
+        """The laws of the streams ``rows``, where a law has ``rows`` (one law for each stream)."""
+        pre, post = rows_of(self.pre, rows), rows_of(self.post, rows)
+        return self if pre is self.pre and post is self.post else replace(self, pre=pre, post=post)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Standardised:
+    """``z((x - location) / deviation)``: an increment for standard observations, of streams with a ``location`` and ``deviation`` (N,) each."""
+
+    increment: Increment
+    location: Array
+    deviation: Array
+
+    def __call__(self, x: Array) -> Array:
+        """Elementwise."""
+        away = np.subtract(x, self.location, dtype=np.float64)
+        away /= self.deviation
+        return self.increment(away)
+
+    def scaled(self, multiplier: float) -> "Standardised":
+        """``multiplier * z``."""
+        return replace(self, increment=self.increment.scaled(multiplier))
+
+    def at(self, rows: slice) -> "Standardised":
+        """With the locations and deviations of ``rows``."""
+        return replace(self, location=self.location[rows], deviation=self.deviation[rows])
+
+
+def rows_of(law: Law, rows: slice) -> Law:
+    """The laws of the streams ``rows``, of a law that has one for each stream; any other law itself."""
+    found: Law = law.rows(rows) if hasattr(law, "rows") else law
+    return found
 
 
 def score_increment(pre: Law, post: Law, clip: float | None = None) -> Increment:

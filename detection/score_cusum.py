@@ -6,10 +6,11 @@ from typing import Self
 import numpy as np
 
 from detection.calibration import threshold_for
-from detection.detector import Promise, ReflectedSum, promise_of
+from detection.detector import ReflectedSum
 from detection.increment import Increment, score_increment
 from detection.laws import Law
 from detection.multiplier import gaussian, multiplier_for
+from detection.promise import Promise, promise_of
 from detection.uncertainty import UncertaintySet
 
 

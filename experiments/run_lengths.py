@@ -6,7 +6,8 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from detection import DetectorState, Gaussian, Law, ReflectedSum, average_run_length
+from detection import Gaussian, Law, ReflectedSum, average_run_length
+from detection.states import take
 from fedsim.randomness import rng_for
 
 
@@ -54,14 +55,10 @@ def simulated(detector: ReflectedSum, law: Law, num: int, horizon: int, purpose:
         alarmed = detector.alarms(state)
         if alarmed.any():
             ticks[watched[alarmed]], censored[watched[alarmed]] = tick, False
-            watched, state = watched[~alarmed], _rows(state, ~alarmed)
+            watched, state = watched[~alarmed], take(state, ~alarmed)
             if not len(watched):
                 break
     return Runs(ticks, censored)
-
-
-def _rows(state: DetectorState, chosen: NDArray[np.bool_]) -> DetectorState:
-    return DetectorState(state.statistic[chosen], state.since[chosen], state.clock[chosen], state.peak[chosen])
 
 
 def path_of(detector: ReflectedSum, stream: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:

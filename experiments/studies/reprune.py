@@ -91,7 +91,7 @@ def _pays(switch: PolicyComparison) -> list[Claim]:
                 f"A: re-prune minus '{rival}', accuracy at the end",
                 _difference(switch, "alarm", rival, "accuracy_end"),
                 bar=RIVAL,
-                note="a stale submodel comes close",
+                note="where this falls short, adapting the stale submodel does nearly as well as pruning anew",
             )
             for rival in RIVALS
         ),
