@@ -14,12 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from detection.increment import Increment
 from detection.laws import Array
-from detection.states import columns, mapped, merged
+from detection.states import columns, merged
 
 Mask = NDArray[np.bool_]
 Ticks = NDArray[np.int64]
 S = TypeVar("S")
-_BLOCK = 16_384  # streams whose temporaries stay in cache
+_BLOCK = 65_536  # streams at once: few enough for the cache, many enough that Python costs nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class ReflectedSum(Detector[DetectorState]):
         """
         values = shaped(x, len(state))
         active = None if active is None else checked_mask(active, len(state), "active")
-        after = mapped(state, np.empty_like) if out is None else _room(out, state)
+        after = _empty(len(state)) if out is None else _room(out, state)
         for rows in _blocks(len(state)):
             self._advance(state, after, values, active, rows)
         return after
@@ -167,8 +167,8 @@ class ReflectedSum(Detector[DetectorState]):
         statistic += state.statistic[rows]
         rising = np.add(state.rising[rows], 1, out=after.rising[rows])
         rising *= statistic > 0.0
-        np.maximum(statistic, 0.0, out=statistic)  # reflected, so that evidence against a change cannot mask one later
-        np.add(statistic, 0.0, out=after.statistic[rows])  # -0.0 becomes 0.0, whatever maximum chose
+        # reflected, so that evidence against a change cannot mask one later; a sum of 0.0 and anything is never -0.0
+        np.fmax(statistic, 0.0, out=after.statistic[rows])
         np.add(state.clock[rows], 1, out=after.clock[rows])
         if active is not None:
             idle = ~active[rows]
@@ -209,6 +209,13 @@ def refused(x: Array, takes_infinity: bool) -> ValueError:
 
 def _allowed(x: Array, takes_infinity: bool) -> Mask:
     return np.asarray(x > -np.inf) if takes_infinity else np.isfinite(x)
+
+
+def _empty(streams: int) -> DetectorState:
+    """A state of one piece of memory: its pages come cheaper than those of three arrays, huge where the system has such."""
+    piece = np.empty(16 * streams, np.uint8)
+    floats, ints = piece[: 8 * streams].view(np.float64), piece[8 * streams :].view(np.int32)
+    return DetectorState(floats, ints[:streams], ints[streams:])
 
 
 def _room(out: DetectorState, state: DetectorState) -> DetectorState:

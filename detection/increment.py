@@ -177,11 +177,29 @@ class ScoreDifference:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Standardised:
-    """``z((x - location) / deviation)``: an increment for standard observations, of streams with a ``location`` and ``deviation`` (N,) each."""
+    """``z((x - location) / deviation)`` of streams with a ``location`` and ``deviation`` (N,) each, ``z`` for standard observations.
+
+    A linear ``z`` is folded into one gain and shift for each stream, which :meth:`of` does; this class is for the others.
+    """
 
     increment: Increment
     location: Array
     deviation: Array
+
+    @staticmethod
+    def of(increment: Increment, location: Array, deviation: Array) -> "Standardised | StreamwiseLine":
+        """``increment`` of observations standardised by ``location`` and ``deviation`` (N,). Raises ``ValueError`` for a deviation not above 0."""
+        location, deviation = np.asarray(location, dtype=np.float64), np.asarray(deviation, dtype=np.float64)
+        if location.ndim != 1 or location.shape != deviation.shape or not (deviation > 0).all():
+            raise ValueError(
+                f"location and deviation must hold one number a stream, deviations above 0, got shapes {location.shape} and {deviation.shape}"
+            )
+        if not isinstance(increment, Quadratic) or increment.curvature != 0.0:
+            return Standardised(increment=increment, location=location, deviation=deviation)
+        gain = increment.slope / deviation
+        clip = np.inf if increment.clip is None else increment.clip
+        low, high = sorted((increment.offset - increment.slope * clip, increment.offset + increment.slope * clip))
+        return StreamwiseLine(gain=gain, shift=increment.offset - gain * location, low=low, high=high)
 
     def __call__(self, x: Array) -> Array:
         """Elementwise."""
@@ -196,6 +214,32 @@ class Standardised:
     def at(self, rows: slice) -> "Standardised":
         """With the locations and deviations of ``rows``."""
         return replace(self, location=self.location[rows], deviation=self.deviation[rows])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamwiseLine:
+    """``z(x) = gain x + shift`` kept in ``[low, high]``, with a ``gain`` and ``shift`` (N,) for each stream."""
+
+    gain: Array
+    shift: Array
+    low: float
+    high: float
+
+    def __call__(self, x: Array) -> Array:
+        """Elementwise."""
+        z = np.multiply(x, self.gain, dtype=np.float64)
+        z += self.shift
+        np.fmin(z, self.high, out=z)  # fmin and fmax are faster than clip, and no observation is nan
+        return np.fmax(z, self.low, out=z)
+
+    def scaled(self, multiplier: float) -> "StreamwiseLine":
+        """``multiplier * z``."""
+        low, high = sorted((multiplier * self.low, multiplier * self.high))
+        return StreamwiseLine(gain=multiplier * self.gain, shift=multiplier * self.shift, low=low, high=high)
+
+    def at(self, rows: slice) -> "StreamwiseLine":
+        """With the gains and shifts of ``rows``."""
+        return StreamwiseLine(gain=self.gain[rows], shift=self.shift[rows], low=self.low, high=self.high)
 
 
 def rows_of(law: Law, rows: slice) -> Law:

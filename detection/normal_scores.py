@@ -140,14 +140,19 @@ class FittedScores:
         losses = np.asarray(losses, dtype=np.float64)
         if losses.ndim not in (1, 2) or len(losses) != len(self.location):
             raise ValueError(f"losses must have {len(self.location)} rows, one for each client, got shape {losses.shape}")
-        _check_sign(losses, self.config.scale)
+        check_sign(losses, self.config.scale)
         columns = (slice(None),) if losses.ndim == 1 else (slice(None), None)
         r = (_transformed(losses, self.floor, self.config.scale) - self.location[columns]) / self.deviation[columns]
-        below = 0.5 * (np.searchsorted(self.pool, r, side="left") + np.searchsorted(self.pool, r, side="right"))
-        u: Array = np.clip(scipy.special.ndtri((below + 0.5) / (len(self.pool) + 1)), -self.config.clip, self.config.clip)
+        u = self.scores_of(r)
         np.copyto(u, self.config.clip, where=losses == np.inf)
         np.copyto(u, np.nan, where=np.isnan(losses))
         return u
+
+    def scores_of(self, residuals: Array) -> Array:
+        """Scores of standardised ``residuals`` of any shape: normal quantiles of their mid-ranks in the pool, in ``[-clip, clip]``."""
+        below = 0.5 * (np.searchsorted(self.pool, residuals, side="left") + np.searchsorted(self.pool, residuals, side="right"))
+        quantiles: Array = scipy.special.ndtri((below + 0.5) / (len(self.pool) + 1))
+        return np.clip(quantiles, -self.config.clip, self.config.clip)
 
     def refit(self, rows: Mask, losses: ArrayLike, observed: Mask | None = None) -> "FittedScores":
         """Location and scale of the clients in ``rows`` (N,) learned anew from their in-control ``losses`` (rows.sum(), n), shrunk towards
@@ -188,10 +193,11 @@ def _check_values(losses: Array, observed: Mask, scale: str) -> None:
         raise ValueError(
             f"{int(bad.sum())} calibration losses are nan or infinite, the first in row {int(bad.any(axis=1).argmax())}; mark them unobserved"
         )
-    _check_sign(np.where(observed, losses, np.nan), scale)
+    check_sign(np.where(observed, losses, np.nan), scale)
 
 
-def _check_sign(losses: Array, scale: str) -> None:
+def check_sign(losses: Array, scale: str) -> None:
+    """Raises ``ValueError`` for losses that ``scale`` cannot take, with their number and the first row."""
     wrong = losses < 0 if scale == "log" else losses == -np.inf
     if wrong.any():
         first = int(np.flatnonzero(wrong.reshape(len(losses), -1).any(axis=1))[0])

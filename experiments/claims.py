@@ -1,4 +1,4 @@
-"""Run every study and print one table: claim, measured value, bar, whether it holds. ``python -m experiments.claims [--quick]``.
+"""Run every study and benchmark and print one table: claim, measured value, bar, whether it holds. ``python -m experiments.claims [--quick]``.
 
 Exits with 1 when a claim does not hold or a study fails, with 2 for a study that does not exist.
 """
@@ -11,19 +11,20 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from experiments import studies
+from experiments import benchmarks, studies
 from experiments.study import Claim, Outcome, conduct, provenance, table
 from fedsim.runs.files import write_json
 
 
-def names() -> list[str]:
-    """Modules of ``experiments.studies`` without a leading underscore."""
-    return sorted(m.name for m in pkgutil.iter_modules(studies.__path__) if not m.name.startswith("_"))
+def names() -> dict[str, str]:
+    """Modules of ``experiments.studies`` and ``experiments.benchmarks`` without a leading underscore: by name, where they are."""
+    found = {m.name: f"{package.__name__}.{m.name}" for package in (studies, benchmarks) for m in pkgutil.iter_modules(package.__path__)}
+    return {name: found[name] for name in sorted(found) if not name.startswith("_")}
 
 
 def run_study(name: str, quick: bool, out: Path) -> Sequence[Claim]:
     """Import a study and run it, so that a module that cannot be imported fails like one that raises."""
-    claims: Sequence[Claim] = import_module(f"{studies.__name__}.{name}").run(quick, out)
+    claims: Sequence[Claim] = import_module(names()[name]).run(quick, out)
     return claims
 
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.study or ()) - set(names()))
     if unknown:
         parser.error(f"no study is named {', '.join(unknown)}; there are {', '.join(names())}")
-    outcomes = run_all(options.study or names(), options.quick, options.out)
+    outcomes = run_all(options.study or list(names()), options.quick, options.out)
     print(table(outcomes))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

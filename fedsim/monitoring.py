@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detection import DetectorState, FittedScores, NormalScores, RobustScoreCUSUM, confidence_box, default_post
+from detection import DetectorState, FittedScores, NormalScores, ReflectedSum, RobustScoreCUSUM, confidence_box, default_post
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -54,8 +54,8 @@ class Monitoring:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.detector, type) and hasattr(self.detector, "fit")):
-            raise ValueError(f"detector must be a detector class with fit(), such as RobustScoreCUSUM, got {self.detector!r}")
+        if not (isinstance(self.detector, type) and issubclass(self.detector, ReflectedSum) and hasattr(self.detector, "fit")):
+            raise ValueError(f"detector must be a class of reflected sums with fit(), such as RobustScoreCUSUM, got {self.detector!r}")
         if not self.arl >= 2:
             raise ValueError(f"arl must be at least 2 ticks, got {self.arl}")
         if self.calibration < 10 or not 10 <= self.recalibration <= self.calibration:

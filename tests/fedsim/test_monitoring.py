@@ -99,7 +99,7 @@ def test_other_detectors_take_the_same_place():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"detector": 3}, "detector must be a detector class"),
+        ({"detector": 3}, "detector must be a class of reflected sums"),
         ({"arl": 1.0}, "arl must be at least 2 ticks, got 1.0"),
         ({"calibration": 5}, "at least 10 ticks"),
         ({"recalibration": 200}, "recalibration at most calibration"),
