@@ -1,16 +1,24 @@
-"""Thresholds for a target average run length: exact where the null is known, else from simulated or resampled increments in one pass."""
+"""Thresholds for a target average run length, or for a probability of a false alarm over a horizon.
+
+Exact where the null is known, else from simulated or resampled runs: one pass gives every threshold. ``threshold_for`` serves the fits of
+reflected sums; ``calibration`` and ``calibrated`` serve any detector, from a law or from in-control streams.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import log
+from dataclasses import dataclass, replace
+from math import inf, log
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from detection.detector import Detector
 from detection.increment import Increment
 from detection.laws import Array, Law
 from detection.run_length import exact_threshold
 
 METHODS = ("exact", "simulate", "bootstrap", "floor")
+D = TypeVar("D", bound=Detector[Any])
 
 
 def threshold_for(
@@ -50,6 +58,101 @@ def threshold_for(
     return max(RunLengths.of(z).threshold(arl, certified=certified) for z in simulated)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A ``threshold``, the ``arl`` it was measured to have (``inf`` where no run alarmed) with its two-sided 95 % ``interval``, and what
+    this rests on: ``ticks`` watched in control and ``alarms`` among them."""
+
+    threshold: float
+    arl: float
+    interval: tuple[float, float]
+    ticks: int
+    alarms: int
+
+
+def calibrated(
+    detector: D,
+    source: Law | ArrayLike,
+    *,
+    rng: np.random.Generator,
+    arl: float | None = None,
+    false_alarm: tuple[float, int] | None = None,
+    paths: int = 2000,
+    horizon: int | None = None,
+    block: float | None = None,
+    certified: bool = True,
+) -> D:
+    """``detector`` with the threshold of :func:`calibration`; arguments and errors are the same.
+
+    >>> from detection import FOCuS, Gaussian
+    >>> focus = calibrated(FOCuS(threshold=1.0), Gaussian(0.0, 1.0), arl=100, rng=np.random.default_rng(0), paths=200)
+    >>> bool(3.0 < focus.threshold < 6.0)
+    True
+    """
+    found = calibration(
+        detector, source, rng=rng, arl=arl, false_alarm=false_alarm, paths=paths, horizon=horizon, block=block, certified=certified
+    )
+    return replace(detector, threshold=found.threshold)
+
+
+def calibration(
+    detector: Detector[Any],
+    source: Law | ArrayLike,
+    *,
+    rng: np.random.Generator,
+    arl: float | None = None,
+    false_alarm: tuple[float, int] | None = None,
+    paths: int = 2000,
+    horizon: int | None = None,
+    block: float | None = None,
+    certified: bool = True,
+) -> Calibration:
+    """Threshold of any ``detector`` for an average run length of ``arl`` ticks, or for ``false_alarm = (probability, ticks)``.
+
+    ``source`` is the law in control, or in-control streams (S, L) or (S, L, d), which are resampled in blocks of mean length ``block`` (see
+    :func:`block_bootstrap`), so that dependence between neighbours survives. ``paths`` runs of ``horizon`` ticks (by default 1,000, or
+    what ``arl`` needs) are watched once without restart. Runs that end without an alarm are censored: the tail of a run length is taken
+    to be exponential. ``certified`` aims the lower 95 % end of the estimate at ``arl`` (the upper end, at ``probability``), so that the
+    promise holds with that confidence. Raises ``ValueError`` unless exactly one target is given, and where the runs are too short for it.
+    """
+    if (arl is None) == (false_alarm is None):
+        raise ValueError(f"give one target, arl or false_alarm, got arl={arl!r} and false_alarm={false_alarm!r}")
+    if arl is not None and not arl >= 2:
+        raise ValueError(f"arl must be at least 2 ticks, got {arl!r}")
+    if false_alarm is not None:
+        horizon = _checked_horizon(false_alarm, horizon)
+    elif horizon is None:
+        assert arl is not None
+        horizon = max(1000, int(np.ceil(5 * arl / paths)))
+    runs = RunLengths.of_detector(detector, _observations(source, paths, horizon, rng, block))
+    if arl is not None:
+        threshold = runs.threshold(arl, certified=certified)
+    else:
+        assert false_alarm is not None
+        threshold = runs.threshold_for_probability(false_alarm[0], certified=certified)
+    ticks, alarms = runs.counts(threshold)
+    return Calibration(
+        threshold=threshold, arl=ticks / alarms if alarms else inf, interval=runs.interval(threshold), ticks=ticks, alarms=alarms
+    )
+
+
+def _checked_horizon(false_alarm: tuple[float, int], horizon: int | None) -> int:
+    probability, ticks = false_alarm
+    if not 0 < probability < 1 or ticks < 1:
+        raise ValueError(f"false_alarm must be (probability in (0, 1), ticks >= 1), got {false_alarm!r}")
+    if horizon is not None and horizon != ticks:
+        raise ValueError(f"horizon is that of false_alarm, {ticks} ticks; got horizon={horizon!r}")
+    return int(ticks)
+
+
+def _observations(source: Law | ArrayLike, paths: int, horizon: int, rng: np.random.Generator, block: float | None) -> Array:
+    """``(paths, horizon)`` or ``(paths, horizon, d)``."""
+    if isinstance(source, Law):
+        drawn = source.sample(rng, paths * horizon)
+        return drawn.reshape(paths, horizon, *drawn.shape[1:])
+    return block_bootstrap(np.asarray(source, dtype=np.float64), paths, horizon, rng, block)
+
+
 @dataclass(frozen=True, eq=False)
 class RunLengths:
     """Run lengths at every threshold at once: ``maxima`` (paths, horizon) holds the running maximum of each statistic.
@@ -72,6 +175,17 @@ class RunLengths:
             maxima[:, tick] = peak
         return cls(maxima)
 
+    @classmethod
+    def of_detector(cls, detector: Detector[Any], observations: Array) -> "RunLengths":
+        """From in-control ``observations`` (paths, horizon) or (paths, horizon, d), by the steps of ``detector``."""
+        paths, horizon = observations.shape[:2]
+        state, peak, maxima = detector.init(paths), np.full(paths, -np.inf), np.empty((paths, horizon))
+        for tick in range(horizon):
+            state = detector.step(state, observations[:, tick])
+            peak = np.maximum(peak, detector.statistic(state))
+            maxima[:, tick] = peak
+        return cls(maxima)
+
     def counts(self, threshold: float) -> tuple[int, int]:
         """Ticks watched up to the alarm or the end, over all paths, and alarms."""
         quiet = (self.maxima < threshold).sum(axis=1)
@@ -90,6 +204,33 @@ class RunLengths:
         ticks, alarms = self.counts(threshold)
         return ticks / float(gammaincinv(alarms + 1, confidence))
 
+    def interval(self, threshold: float, confidence: float = 0.95) -> tuple[float, float]:
+        """Two-sided interval of the average run length; its upper end is ``inf`` without an alarm."""
+        from scipy.special import gammaincinv
+
+        ticks, alarms = self.counts(threshold)
+        tail = (1 - confidence) / 2
+        low = ticks / float(gammaincinv(alarms + 1, 1 - tail))
+        return low, ticks / float(gammaincinv(alarms, tail)) if alarms else inf
+
+    def threshold_for_probability(self, probability: float, *, certified: bool = True, confidence: float = 0.95) -> float:
+        """Least threshold at which a run alarms within its horizon with at most ``probability``.
+
+        ``certified`` asks it of the upper end of the exact (Clopper-Pearson) interval. Raises ``ValueError`` where there are too few runs.
+        """
+        from scipy.special import betaincinv
+
+        highest = np.sort(self.maxima[:, -1])[::-1]
+        num = len(highest)
+        alarms = np.arange(num)
+        share = betaincinv(alarms + 1, num - alarms, confidence) if certified else alarms / num
+        allowed = int((share <= probability).sum()) - 1
+        if allowed < 0:
+            raise ValueError(
+                f"a false alarm with probability {probability:g} needs more than {num} runs: about {3 / probability:.0f} or more"
+            )
+        return max(float(np.nextafter(highest[allowed], np.inf)), float(np.finfo(np.float64).tiny))
+
     def threshold(self, arl: float, *, certified: bool = True) -> float:
         """Least threshold (to 1e-9 of the highest peak) whose estimated run length reaches ``arl``. Raises ``ValueError`` where none does."""
         estimate = self.certified if certified else self.average
@@ -106,16 +247,23 @@ class RunLengths:
         return high
 
 
-def block_bootstrap(streams: Array, paths: int, horizon: int, rng: np.random.Generator) -> Array:
-    """``paths`` resampled streams of ``horizon`` ticks by the stationary bootstrap (Politis and Romano 1994), blocks of mean ``L^(1/3)``.
+def block_bootstrap(streams: Array, paths: int, horizon: int, rng: np.random.Generator, block: float | None = None) -> Array:
+    """``paths`` resampled streams of ``horizon`` ticks by the stationary bootstrap (Politis and Romano 1994).
 
-    ``streams`` is (S, L) or (S, L, d); the result (paths, horizon) or (paths, horizon, d). A block stays inside one stream and wraps round.
+    ``streams`` is (S, L) or (S, L, d); the result (paths, horizon) or (paths, horizon, d). Blocks have the mean length ``block``, by default
+    ``L^(1/3)``, the rate at which it should grow; 1 draws single ticks. Strong dependence asks for more, see
+    :func:`detection.suggest`. A block stays inside one stream and wraps round. Raises ``ValueError`` for values that are not finite.
     """
     streams = np.asarray(streams, dtype=np.float64)
     if streams.ndim < 2 or streams.size == 0:
         raise ValueError(f"streams must have shape (S, L) or (S, L, d) with at least one tick, got {streams.shape}")
+    if not np.isfinite(streams).all():
+        raise ValueError(f"streams must be finite, got {int((~np.isfinite(streams)).sum())} values that are not")
     num, length = streams.shape[:2]
-    starts = rng.random((paths, horizon)) < length ** (-1 / 3)
+    mean_block = length ** (1 / 3) if block is None else block
+    if not 1 <= mean_block <= length:
+        raise ValueError(f"block must lie between 1 and the {length} ticks of a stream, got {block!r}")
+    starts = rng.random((paths, horizon)) < 1 / mean_block
     starts[:, 0] = True
     ticks = np.broadcast_to(np.arange(horizon), (paths, horizon))
     started = np.maximum.accumulate(np.where(starts, ticks, 0), axis=1)

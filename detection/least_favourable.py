@@ -3,11 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from detection.divergence import fisher_divergence
-from detection.increment import Quadratic, score_increment
-from detection.laws import Gaussian
-from detection.multiplier import gaussian, moments_of
-from detection.uncertainty import GaussianBox, Interval, UncertaintySet
+import numpy as np
+import scipy
+
+from detection.closest_pairs import closest, closest_pair
+from detection.expectations import DRAWS, Estimate, moments
+from detection.gaussian_means import GaussianMeans
+from detection.increment import Increment, Quadratic, QuadraticForm, score_increment
+from detection.laws import Gaussian, Law
+from detection.multiplier import CONFIDENCE
+from detection.uncertainty import GaussianBox, UncertaintySet
+
+__all__ = ["LeastFavourablePair", "closest", "least_favourable", "members"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,89 +22,109 @@ class LeastFavourablePair:
     """``(pre, post)`` closest in Fisher divergence; arXiv:2407.11094.
 
     ``divergence`` is ``D_F(post || pre)``; ``margins`` are the largest drift of ``S_H(x, pre) - S_H(x, post)`` over the pre-change set
-    and the least over the post-change set, verified to lie on either side of 0.
+    and the least over the post-change set, verified to lie on either side of 0, with ``standard_errors`` where they come from draws.
+
+    ``gap`` certifies the post-change law: no member of its set drifts by less than ``divergence - gap`` (on the observations that placed it,
+    where the set is sampled); 0 in closed form. ``weights`` and ``pre_weights`` are those of mixtures chosen from hulls, empty otherwise.
     """
 
-    pre: Gaussian
-    post: Gaussian
+    pre: Law
+    post: Law
     divergence: float
     margins: tuple[float, float]
+    standard_errors: tuple[float, float] = (0.0, 0.0)
+    gap: float = 0.0
+    weights: tuple[float, ...] = ()
+    pre_weights: tuple[float, ...] = ()
 
 
-def least_favourable(pre: UncertaintySet, post: UncertaintySet, *, clip: float | None = None) -> LeastFavourablePair:
-    """Closest pair of ``pre`` and ``post`` (boxes in closed form, finite sets pair by pair), with its drifts verified for clipped observations.
+def least_favourable(
+    pre: UncertaintySet,
+    post: UncertaintySet,
+    *,
+    clip: float | None = None,
+    rng: np.random.Generator | None = None,
+    num: int = DRAWS,
+    confidence: float = CONFIDENCE,
+    tol: float = 1e-9,
+) -> LeastFavourablePair:
+    """Closest pair of ``pre`` and ``post``, with its drifts verified for observations clipped at ``clip``.
 
-    Closest is not enough on the pre-change side, so the drift is checked under every extreme law of both sets. Raises ``ValueError``
-    naming the offending law and its drift, and for sets that meet, naming the common point.
+    Boxes are solved in closed form, finite sets pair by pair, sets of means and hulls as convex problems to ``tol``. What is not known in
+    closed form or by quadrature is estimated from ``num`` draws of ``rng`` a law. Closest is not enough on the pre-change side, so the drift is
+    checked under every extreme law of both sets; where it is estimated, with ``confidence`` for all of them together. Raises ``ValueError``
+    naming the offending law and its drift, and for sets that meet, naming the common law.
     """
-    pairs = [closest(a, b) for a in _pieces(pre) for b in _pieces(post)]
-    pre_law, post_law = min(pairs, key=lambda pair: fisher_divergence(pair[1], pair[0]))
-    increment = score_increment(pre_law, post_law, clip)
-    drift = moments_of(increment).mean
-    worst_pre = max(members(pre, pre_law, increment), key=drift)
-    worst_post = min(members(post, post_law, increment), key=drift)
-    margins = drift(worst_pre), drift(worst_post)
+    found = closest_pair(pre, post, rng=rng, num=num, tol=tol)
+    increment = score_increment(found.pre, found.post, clip)
+    below, above = verified(
+        increment, members(pre, found.pre, increment), members(post, found.post, increment), clip, rng=rng, num=num, confidence=confidence
+    )
+    return LeastFavourablePair(
+        pre=found.pre,
+        post=found.post,
+        divergence=found.divergence,
+        margins=(below.value, above.value),
+        standard_errors=(below.standard_error, above.standard_error),
+        gap=found.gap,
+        weights=found.post_weights,
+        pre_weights=found.pre_weights,
+    )
+
+
+def verified(
+    increment: Increment,
+    nulls: Sequence[Law],
+    changes: Sequence[Law],
+    clip: float | None,
+    *,
+    rng: np.random.Generator | None = None,
+    num: int = DRAWS,
+    confidence: float = CONFIDENCE,
+) -> tuple[Estimate, Estimate]:
+    """The largest drift of ``increment`` under the ``nulls``, below 0, and the least under the ``changes``, above 0; else ``ValueError``."""
+    quantile = float(scipy.special.ndtri(1 - (1 - confidence) / (len(nulls) + len(changes))))
     hint = "narrow the sets, or let the post-change variances reach those before the change" + (
         "" if clip is None else f"; observations are clipped at {clip}"
     )
-    if margins[0] >= 0:
+    below = [(law, moments(increment, law, rng=rng, num=num).drift()) for law in nulls]
+    law, worst_pre = max(below, key=lambda found: found[1].value + quantile * found[1].standard_error)
+    if worst_pre.value >= 0:
         raise ValueError(
-            f"pre-change law {worst_pre!r} drifts by {margins[0]:+.4f}, not below 0: the detector would alarm for ever in control; {hint}"
+            f"pre-change law {law!r} drifts by {worst_pre.value:+.4f}, not below 0: the detector would alarm for ever in control; {hint}"
         )
-    if margins[1] <= 0:
+    _refuse_unsure("pre-change", law, worst_pre, quantile, confidence)
+    above = [(law, moments(increment, law, rng=rng, num=num).drift()) for law in changes]
+    law, worst_post = min(above, key=lambda found: found[1].value - quantile * found[1].standard_error)
+    if worst_post.value <= 0:
         raise ValueError(
-            f"post-change law {worst_post!r} drifts by {margins[1]:+.4f}, not above 0: the detector would never catch it; {hint}"
+            f"post-change law {law!r} drifts by {worst_post.value:+.4f}, not above 0: the detector would never catch it; {hint}"
         )
-    return LeastFavourablePair(pre=pre_law, post=post_law, divergence=fisher_divergence(post_law, pre_law), margins=margins)
+    _refuse_unsure("post-change", law, worst_post, quantile, confidence)
+    return worst_pre, worst_post
 
 
-def closest(pre: GaussianBox | Gaussian, post: GaussianBox | Gaussian) -> tuple[Gaussian, Gaussian]:
-    """The members of two boxes (or the laws themselves) with the least ``D_F(post || pre)``. Raises ``ValueError`` for sets that meet."""
-    if isinstance(pre, Gaussian) or isinstance(post, Gaussian):
-        if not (isinstance(pre, Gaussian) and isinstance(post, Gaussian)):
-            raise ValueError(f"sets must share one dimension, got {pre!r} and {post!r}")
-        if pre == post:
-            raise ValueError(f"pre- and post-change sets must be apart, but both hold {pre!r}")
-        return pre, post
-    low, high = _nearest(pre.mean, post.mean)
-    gap = abs(high - low)
-    (a0, b0), (a1, b1) = pre.variance, post.variance
-    v0 = min(max(b1 + gap**2, a0), b0)
-    v1 = min(max(v0, a1), b1)
-    if gap == 0 and v0 == v1:
-        raise ValueError(f"pre- and post-change sets must be apart, but both hold {Gaussian(low, v0)!r}")
-    return Gaussian(low, v0), Gaussian(high, v1)
-
-
-def members(laws: UncertaintySet, own: Gaussian, increment: object) -> Sequence[Gaussian]:
-    """Laws that decide what a promise about ``laws`` is worth: the extreme ones, ``own``, and for a box the means at which drift turns."""
-    chosen = [gaussian(law) for law in laws.extreme()]
+def members(laws: UncertaintySet, own: Law, increment: object) -> Sequence[Law]:
+    """Laws that decide what a promise about ``laws`` is worth: the extreme ones; for a box ``own`` and the means at which drift turns too,
+    for a set of means ``own`` and the members of the largest and the least drift."""
+    chosen: list[Law] = list(laws.extreme())
     if isinstance(laws, GaussianBox):
-        turns = {own.mean}
+        turns = {own.mean} if isinstance(own, Gaussian) else set()
         if isinstance(increment, Quadratic) and increment.curvature:
             turns.add(-increment.slope / (2.0 * increment.curvature))
-        variances = dict.fromkeys(law.variance for law in chosen)
+        variances = dict.fromkeys(law.variance for law in chosen)  # type: ignore[attr-defined]
         chosen += [Gaussian(m, v) for m in turns if laws.mean[0] <= m <= laws.mean[1] for v in variances]  # type: ignore[operator]
+    if isinstance(laws, GaussianMeans):
+        chosen.append(own)
+        if isinstance(increment, QuadraticForm):
+            curvature, slope = np.asarray(increment.curvature), np.asarray(increment.slope)
+            chosen += [laws.highest(curvature, slope), laws.highest(-curvature, -slope)]
     return tuple(dict.fromkeys(chosen))
 
 
-def _pieces(laws: UncertaintySet) -> list[GaussianBox | Gaussian]:
-    if isinstance(laws, GaussianBox):
-        return [laws]
-    return [_point(gaussian(law)) for law in laws.extreme()]
-
-
-def _point(law: Gaussian) -> GaussianBox | Gaussian:
-    if law.dimension:
-        return law
-    return GaussianBox(mean=(law.mean, law.mean), variance=(law.variance, law.variance))  # type: ignore[arg-type]
-
-
-def _nearest(first: Interval, second: Interval) -> tuple[float, float]:
-    """The closest points of two intervals; their overlap's middle, twice, where they meet."""
-    if first[1] < second[0]:
-        return first[1], second[0]
-    if second[1] < first[0]:
-        return first[0], second[1]
-    middle = (max(first[0], second[0]) + min(first[1], second[1])) / 2
-    return middle, middle
+def _refuse_unsure(side: str, law: Law, drift: Estimate, quantile: float, confidence: float) -> None:
+    if abs(drift.value) <= quantile * drift.standard_error:
+        raise ValueError(
+            f"the drift under {side} law {law!r} is {drift.value:+.4f} with standard error {drift.standard_error:.4f}: its sign is not established "
+            f"at confidence {confidence:g}; take more draws, or move the sets apart"
+        )

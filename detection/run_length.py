@@ -1,4 +1,7 @@
-"""Exact average run length of a reflected statistic, by a Markov chain on the distribution of its increment (Brook and Evans 1972)."""
+"""Exact run lengths of a reflected statistic, by a Markov chain on the distribution of its increment (Brook and Evans 1972).
+
+The mean, the whole distribution, thresholds for either, delays from a fresh start (Lorden) and long after it (Pollak), and Siegmund's formula.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -20,18 +23,80 @@ def exact_run_length(increment: Increment, law: Law, threshold: float, *, states
     The run length in control, or the mean delay ``T - nu + 1`` under a changed law. ``inf`` beyond 1e12. The clip's atoms are exact
     up to the lattice. Raises ``ValueError`` where the increment's distribution is not known.
     """
-    if not threshold > 0:
-        raise ValueError(f"threshold must be positive, got {threshold!r}")
-    scalar, null = _on_the_line(increment, law)
-    width = threshold / (states - 0.5)
-    lags, below = _lattice(scalar, null, width, states)
-    chain = lags[(states - 1) + np.arange(states)[None, :] - np.arange(states)[:, None]]
-    chain[:, 0] = (below + np.cumsum(lags))[states - 1 - np.arange(states)]
+    chain = _chain(increment, law, threshold, states)
     try:
         run_length = float(np.linalg.solve(np.eye(states) - chain, np.ones(states))[0])
     except np.linalg.LinAlgError:
         return inf
     return run_length if 1.0 - 1e-9 <= run_length <= _BEYOND else inf
+
+
+def run_length_distribution(increment: Increment, law: Law, threshold: float, horizon: int, *, states: int = _STATES) -> Array:
+    """``P(T <= t)`` for ``t = 1 .. horizon``, (horizon,): the run length in control, or the delay under a changed law, from a statistic at 0.
+
+    Raises ``ValueError`` as :func:`exact_run_length` does, and for a horizon below 1.
+    """
+    if horizon < 1:
+        raise ValueError(f"horizon must be at least 1 tick, got {horizon!r}")
+    chain = _chain(increment, law, threshold, states)
+    quiet, place = np.empty(horizon), np.eye(1, states)[0]
+    for tick in range(horizon):
+        place = place @ chain
+        quiet[tick] = place.sum()
+    return np.asarray(np.clip(1.0 - quiet, 0.0, 1.0))
+
+
+def exact_threshold_for_probability(increment: Increment, laws: Sequence[Law], probability: float, horizon: int) -> float:
+    """Least threshold at which a false alarm within ``horizon`` ticks has at most ``probability`` under every one of ``laws``.
+
+    ``increment`` must have ``E exp(z) <= 1`` under each, so that ``log(horizon / probability)`` is enough. Raises ``ValueError`` for a
+    probability outside (0, 1), and as :func:`exact_run_length` does.
+    """
+    from scipy.optimize import brentq
+
+    if not 0 < probability < 1:
+        raise ValueError(f"probability must lie in (0, 1), got {probability!r}")
+
+    def excess(threshold: float) -> float:
+        return max(float(run_length_distribution(increment, law, threshold, horizon)[-1]) for law in laws) - probability
+
+    low, high = 1e-3, log(horizon / probability)
+    if excess(low) <= 0:
+        return low
+    while excess(high) > 0:
+        high *= 1.5
+    return float(brentq(excess, low, high, xtol=1e-6)) + 2e-6
+
+
+def late_delay(increment: Increment, null: Law, change: Law, threshold: float, *, states: int = _STATES) -> float:
+    """Mean delay after a change to ``change`` that comes long after the start without a false alarm under ``null`` (Pollak's).
+
+    The statistic then has its quasi-stationary law, above 0: at most the delay from a fresh start, :func:`exact_run_length` (Lorden's).
+    """
+    place = np.full(states, 1.0 / states)
+    control, changed = (_chain(increment, law, threshold, states) for law in (null, change))
+    for _ in range(10_000):
+        after = place @ control
+        after /= after.sum()
+        if np.abs(after - place).sum() < 1e-12:
+            break
+        place = after
+    return float(place @ np.linalg.solve(np.eye(states) - changed, np.ones(states)))
+
+
+def siegmund_run_length(increment: Increment, law: Law, threshold: float) -> float:
+    """Siegmund's (1985) corrected approximation for a linear increment of a Gaussian: ``(exp(-2 d h) - 1 + 2 d h) / (2 d^2)``.
+
+    ``d`` is the drift and ``h = threshold + 1.166`` in standard deviations of the increment. Raises ``ValueError`` for another increment.
+    """
+    scalar, own = _on_the_line(increment, law)
+    if scalar.curvature != 0 or scalar.clip is not None:
+        raise ValueError(f"Siegmund's formula is for linear increments without a clip, got {increment!r}")
+    deviation = abs(scalar.slope) * float(np.sqrt(own.variance))
+    drift, height = scalar.mean(own) / deviation, threshold / deviation + 1.166
+    if abs(drift) < 1e-9:
+        return height**2
+    return float((np.expm1(-2 * drift * height) + 2 * drift * height) / (2 * drift**2))
 
 
 def exact_threshold(increment: Increment, laws: Sequence[Law], arl: float) -> float:
@@ -84,6 +149,17 @@ def _root(increment: Increment, law: Law, arl: float) -> float:
     while excess(high) < 0:
         high *= 1.5
     return float(brentq(excess, low, high, xtol=1e-7)) + 2e-7
+
+
+def _chain(increment: Increment, law: Law, threshold: float, states: int) -> Array:
+    """Probabilities of moving between lattice states below the threshold, (states, states); the first is 0."""
+    if not threshold > 0:
+        raise ValueError(f"threshold must be positive, got {threshold!r}")
+    scalar, null = _on_the_line(increment, law)
+    lags, below = _lattice(scalar, null, threshold / (states - 0.5), states)
+    chain: Array = lags[(states - 1) + np.arange(states)[None, :] - np.arange(states)[:, None]]
+    chain[:, 0] = (below + np.cumsum(lags))[states - 1 - np.arange(states)]
+    return chain
 
 
 def _on_the_line(increment: Increment, law: Law) -> tuple[Quadratic, Gaussian]:

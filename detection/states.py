@@ -44,9 +44,12 @@ def columns(state: Any, name: str = "") -> Iterator[tuple[str, AnyArray]]:
 
 
 def to_bytes(state: Any) -> bytes:
-    """``state`` as the bytes of an npz file."""
+    """``state`` as the bytes of an npz file. Raises ``ValueError`` for a state that holds objects, as those of river's detectors do."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = dict(columns(state))
+    objects = [name for name, column in arrays.items() if column.dtype == object]
+    if objects:
+        raise ValueError(f"a state can be stored where it is made of numbers, but {', '.join(objects)} holds Python objects")
     np.savez(buffer, **arrays)
     return buffer.getvalue()
 
@@ -59,7 +62,7 @@ def from_bytes(data: bytes, like: S) -> S:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             found = {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(f"data must hold the bytes of a stored state, but they are damaged: {error}") from error
     wanted = {name: (column.dtype, column.ndim) for name, column in columns(like)}
     given = {name: (column.dtype, column.ndim) for name, column in found.items()}

@@ -3,13 +3,19 @@ import pytest
 
 from detection import (
     CUSUM,
+    FOCuS,
     Gaussian,
+    PageHinkley,
     RunLengths,
     ScoreCUSUM,
     Singleton,
+    WindowGLR,
     block_bootstrap,
+    calibrated,
+    calibration,
     exact_run_length,
     likelihood_increment,
+    run_length_distribution,
     threshold_for,
 )
 
@@ -125,3 +131,85 @@ def test_a_promise_below_two_ticks_is_refused_by_every_method():
     for method in ("exact", "simulate", "bootstrap", "floor"):
         with pytest.raises(ValueError, match="arl must be at least 2"):
             threshold_for(INCREMENT, [NULL], 1.9, method=method)
+
+
+ANY = [
+    FOCuS(threshold=1.0),
+    WindowGLR(threshold=1.0, window=30),
+    PageHinkley(threshold=1.0, delta=0.1, alpha=1.0, min_instances=1, side="up"),
+    CUSUM(pre=NULL, post=SHIFTED, threshold=1.0),
+]
+
+
+@pytest.mark.parametrize("detector", ANY, ids=lambda d: type(d).__name__)
+def test_any_detector_keeps_the_run_length_it_was_calibrated_to(detector):
+    tuned = calibrated(detector, NULL, arl=200, rng=np.random.default_rng(0), certified=False)
+    assert type(tuned) is type(detector)
+    assert simulated_first_alarms(tuned, 2000, 1500, seed=1) == pytest.approx(200, rel=0.08)
+
+
+def simulated_first_alarms(detector, streams, ticks, seed):
+    """Ticks to the first alarm over the runs that alarmed, the others censored."""
+    rng, state, going, watched, alarms = np.random.default_rng(seed), detector.init(streams), np.ones(streams, bool), 0, 0
+    for _ in range(ticks):
+        state = detector.step(state, rng.standard_normal(streams), going)
+        watched += int(going.sum())
+        fired = detector.alarms(state) & going
+        alarms += int(fired.sum())
+        going &= ~fired
+    return watched / alarms
+
+
+@pytest.mark.parametrize("arl", [100, 1_000, 10_000])
+@pytest.mark.slow
+def test_simulated_thresholds_keep_their_run_length_within_five_percent(arl):
+    """Spread of 400 alarms or more a calibration; averaged over calibrations, so the error left is about 2 %."""
+    found = [
+        calibrated(ANY[3], NULL, arl=arl, rng=np.random.default_rng(seed), certified=False, horizon=max(400, arl)).threshold
+        for seed in range(4)
+    ]
+    assert np.mean([true_ratio(b, arl) for b in found]) == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_certified_calibration_is_rarely_below_its_target():
+    found = [calibration(ANY[3], NULL, arl=100, rng=np.random.default_rng(seed), paths=200, horizon=400) for seed in range(40)]
+    below = sum(true_ratio(c.threshold, 100) < 1 for c in found)
+    assert below <= 6, "5 % of 40, and a little"
+    assert all(c.interval[0] <= c.arl <= c.interval[1] for c in found)
+    covered = sum(c.interval[0] <= exact_run_length(INCREMENT, NULL, c.threshold) <= c.interval[1] for c in found)
+    assert covered >= 33
+
+
+def test_a_probability_over_a_horizon_agrees_with_the_exact_chain():
+    found = calibrated(ANY[3], NULL, false_alarm=(0.1, 300), rng=np.random.default_rng(0), paths=8000, certified=False)
+    assert run_length_distribution(INCREMENT, NULL, found.threshold, 300)[-1] == pytest.approx(0.1, abs=0.012)
+    safe = calibrated(ANY[3], NULL, false_alarm=(0.1, 300), rng=np.random.default_rng(0), paths=2000)
+    assert run_length_distribution(INCREMENT, NULL, safe.threshold, 300)[-1] < 0.1
+
+
+def test_resampled_blocks_keep_the_dependence_that_single_ticks_lose():
+    rng, phi = np.random.default_rng(0), 0.5
+    streams = rng.standard_normal((50, 2_000))
+    for t in range(1, 2_000):
+        streams[:, t] = phi * streams[:, t - 1] + np.sqrt(1 - phi**2) * streams[:, t]
+    in_blocks, alone = (
+        calibrated(ANY[3], streams, arl=200, rng=np.random.default_rng(1), block=b, certified=False).threshold for b in (40, 1)
+    )
+    assert in_blocks > alone + 1.0
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ({}, "exactly|one target"),
+        ({"arl": 100, "false_alarm": (0.1, 10)}, "one target"),
+        ({"arl": 1}, "at least 2"),
+        ({"false_alarm": (1.5, 10)}, "probability in"),
+        ({"false_alarm": (0.1, 10), "horizon": 20}, "horizon is that of false_alarm"),
+        ({"false_alarm": (0.0001, 10)}, "needs more than 2000 runs"),
+        ({"arl": 1e7, "horizon": 100}, "needs longer watching"),
+    ],
+)
+def test_targets_that_cannot_be_met_are_refused(target, told):
+    with pytest.raises(ValueError, match=told):
+        calibrated(ANY[3], NULL, rng=np.random.default_rng(0), **target)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import optimize
 
 from detection import (
     FiniteSet,
@@ -12,7 +13,8 @@ from detection import (
     least_favourable,
     score_increment,
 )
-from detection.least_favourable import closest
+from detection.gaussian_means import GaussianEllipsoid, GaussianMeanBox, closest_means
+from detection.least_favourable import closest, members
 
 
 def _divergence(m1, v1, m0, v0):
@@ -97,6 +99,95 @@ def test_finite_sets_are_searched_pair_by_pair():
     assert vectors.divergence == pytest.approx(0.5)
 
 
+def _random_covariance(rng, size, spread=1.0):
+    axes = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    covariance = axes @ np.diag(np.exp(rng.uniform(-spread, spread, size))) @ axes.T
+    return (covariance + covariance.T) / 2
+
+
+def _random_sets(rng, size):
+    covariance, middle = _random_covariance(rng, size), rng.standard_normal(size)
+    pre = GaussianEllipsoid(mean=np.zeros(size), shape=0.1 * _random_covariance(rng, size, 2.0), covariance=covariance)
+    middle *= 4.0 / np.linalg.norm(middle)
+    if rng.random() < 0.5:
+        return pre, GaussianMeanBox(low=middle - 0.3, high=middle + 0.2, covariance=covariance)
+    return pre, GaussianEllipsoid(mean=middle, shape=0.1 * _random_covariance(rng, size, 2.0), covariance=covariance)
+
+
+def test_the_closest_means_are_those_of_a_general_solver():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        size = int(rng.integers(2, 6))
+        pre, post = _random_sets(rng, size)
+        first, second, gap = closest_means(pre, post)
+        precision, cube = first.precision, isinstance(post, GaussianMeanBox)
+
+        def distance(z, pre=pre, post=post, precision=precision, size=size):
+            away = precision @ (np.array(post.at(z[size:]).mean) - np.array(pre.at(z[:size]).mean))
+            return 0.5 * away @ away
+
+        balls = [{"type": "ineq", "fun": lambda z, size=size: 1 - z[:size] @ z[:size]}]
+        balls += [] if cube else [{"type": "ineq", "fun": lambda z, size=size: 1 - z[size:] @ z[size:]}]
+        solved = optimize.minimize(distance, np.zeros(2 * size), bounds=[(-1, 1)] * (2 * size), constraints=balls, options={"ftol": 1e-13})
+        found = fisher_divergence(second, first)
+        assert found == pytest.approx(solved.fun, rel=1e-6)
+        assert 0 <= gap <= 1e-9 * found
+
+
+def test_every_member_of_ellipsoids_and_boxes_of_means_drifts_by_the_certified_margin():
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        size = int(rng.integers(2, 5))
+        pre, post = _random_sets(rng, size)
+        pair = least_favourable(pre, post)
+        drift = score_increment(pair.pre, pair.post).mean
+        assert pair.margins == pytest.approx((-pair.divergence, pair.divergence), rel=1e-6)
+        for laws, sign in ((pre, -1), (post, 1)):
+            inside = [laws.at(laws.nearest(rng.uniform(-1.5, 1.5, size))) for _ in range(200)]
+            assert min(sign * drift(law) for law in inside) >= pair.divergence - pair.gap - 1e-9
+
+
+def test_an_ellipsoid_of_another_covariance_is_verified_at_its_worst_member():
+    pre = GaussianEllipsoid(mean=(0.0, 0.0), shape=((0.3, 0.1), (0.1, 0.2)), covariance=((1.0, 0.2), (0.2, 1.0)))
+    post = GaussianEllipsoid(mean=(3.0, 1.0), shape=((0.2, 0.0), (0.0, 0.4)), covariance=((1.3, 0.0), (0.0, 0.9)))
+    pair = least_favourable(pre, post)
+    increment = score_increment(pair.pre, pair.post)
+    angles = np.linspace(0, 2 * np.pi, 721)
+    circle = [np.array([r * np.cos(a), r * np.sin(a)]) for a in angles for r in (0.5, 1.0)]
+    assert pair.margins[0] == pytest.approx(max(increment.mean(pre.at(a)) for a in circle), abs=1e-4)
+    assert pair.margins[1] == pytest.approx(min(increment.mean(post.at(a)) for a in circle), abs=1e-4)
+    assert pair.margins[0] >= max(increment.mean(pre.at(a)) for a in circle) - 1e-12
+    assert pair.pre in members(pre, pair.pre, increment)
+
+
+def test_the_highest_member_of_an_ellipsoid_is_that_of_a_dense_sample():
+    rng = np.random.default_rng(2)
+    for turn in range(40):
+        curvature, slope = rng.standard_normal((3, 3)), rng.standard_normal(3) * (turn % 4 > 0)
+        curvature = (curvature + curvature.T) * (turn % 5 > 0)
+        laws = GaussianEllipsoid(mean=rng.standard_normal(3), shape=_random_covariance(rng, 3), covariance=1.0)
+
+        def value(m, curvature=curvature, slope=slope):
+            return np.einsum("...i,ij,...j", m, curvature, m) + m @ slope
+
+        directions = rng.standard_normal((20_000, 3))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        sampled = np.array(laws.mean) + np.concatenate((directions, directions * rng.random((20_000, 1)))) @ laws.factor.T
+        best = np.array(laws.highest(curvature, slope).mean)
+        away = best - np.array(laws.mean)
+        assert away @ np.linalg.solve(np.array(laws.shape), away) <= 1 + 1e-9
+        assert value(best) >= value(sampled).max() - 1e-9
+
+
+def test_ellipsoids_that_meet_are_refused_with_a_common_mean():
+    first = GaussianEllipsoid(mean=(0.0, 0.0), shape=np.eye(2), covariance=1.0)
+    second = GaussianEllipsoid(mean=(1.5, 0.0), shape=np.eye(2), covariance=1.0)
+    with pytest.raises(ValueError, match=r"must be apart, but both hold Gaussian\(mean=\(0\."):
+        least_favourable(first, second)
+    with pytest.raises(ValueError, match="must be apart"):
+        least_favourable(Singleton(Gaussian((0.5, 0.0), 1.0)), first)
+
+
 @pytest.mark.parametrize("n", [8, 10, 20, 30, 100, 300, 10_000])
 def test_the_default_harm_leaves_margins_for_any_number_of_calibration_values(n):
     pre = confidence_box(n)
@@ -131,6 +222,18 @@ def test_the_confidence_box_holds_the_errors_of_calibration():
         (lambda: FiniteSet((Gaussian(0, 1), Gaussian(1, 1))).centre(), "no centre"),
         (lambda: default_post(confidence_box(4)), "harm must exceed"),
         (lambda: least_favourable(confidence_box(30), Singleton(Gaussian((0.0, 1.0), 1.0))), "one dimension"),
+        (lambda: GaussianEllipsoid(mean=(0.0, 0.0), shape=np.eye(3), covariance=1.0), r"symmetric \(2, 2\)"),
+        (lambda: GaussianEllipsoid(mean=(0.0, 0.0), shape=-np.eye(2), covariance=1.0), "positive semi-definite"),
+        (lambda: GaussianEllipsoid(mean=(0.0, 0.0), shape=np.eye(2), covariance=np.zeros((2, 2))), "positive"),
+        (lambda: GaussianEllipsoid(mean=0.0, shape=np.eye(1), covariance=1.0), "use GaussianBox"),
+        (lambda: GaussianMeanBox(low=(0.0, 1.0), high=(1.0, 0.0), covariance=1.0), "must not exceed high"),
+        (lambda: closest_means(Gaussian((0.0,), 1.0), Gaussian((1.0, 1.0), 1.0)), "one dimension"),
+        (
+            lambda: least_favourable(
+                GaussianMeanBox(low=(0.0, 0.0), high=(0.1, 0.1), covariance=1.0), Singleton(Gaussian((2.0, 0.0), (1.0, 2.0)))
+            ),
+            "use a GaussianEllipsoid",
+        ),
     ],
 )
 def test_impossible_sets_are_refused(make, message):

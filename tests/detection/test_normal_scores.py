@@ -2,8 +2,20 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from scipy import stats
+from scipy.interpolate import RectBivariateSpline
 
-from detection import CUSUM, Gaussian, NormalScores, RunLengths, Singleton, likelihood_increment
+from detection import (
+    CUSUM,
+    Gaussian,
+    GaussianBox,
+    NormalScores,
+    RobustScoreCUSUM,
+    RunLengths,
+    Singleton,
+    confidence_box,
+    exact_run_length,
+    likelihood_increment,
+)
 from detection.normal_scores import _inverse_trigamma
 
 NULL = Gaussian(0.0, 1.0)
@@ -46,6 +58,56 @@ def test_normal_scores_keep_the_run_length_that_raw_z_scores_break(losses, raw_b
     u = NormalScores().fit(calibration).transform(stream)
     assert RunLengths.of(increment(z)).average(detector.threshold) < raw_below
     assert 700 < RunLengths.of(increment(u)).average(detector.threshold) < 2000
+
+
+@pytest.mark.parametrize(
+    ("losses", "raw", "logs", "pooled"),
+    [(gamma_losses, 227, 8100, 1430), (lognormal_losses, 198, 1250, 1010), (mixture_losses, 220, 950, 1050)],
+)
+def test_run_lengths_of_raw_logarithmic_and_normal_scores_at_the_threshold_for_one_in_a_thousand(losses, raw, logs, pooled):
+    rng, clients = np.random.default_rng(18), 600
+    known = CUSUM.fit(pre=Singleton(NULL), post=Singleton(Gaussian(1.0, 1.0)), arl=1000, clip=None)
+    calibration, stream = losses(rng, clients, 100), losses(rng, clients, 3000)
+
+    def average(x):
+        return RunLengths.of(known.increment(x)).average(known.threshold)
+
+    def z_scores(own, new):
+        return (new - own.mean(axis=1, keepdims=True)) / own.std(axis=1, ddof=1, keepdims=True)
+
+    assert average(z_scores(calibration, stream)) == pytest.approx(raw, rel=0.3)
+    assert average(z_scores(np.log(calibration), np.log(stream))) == pytest.approx(logs, rel=0.3)
+    assert average(NormalScores().fit(calibration).transform(stream)) == pytest.approx(pooled, rel=0.2)
+
+
+@pytest.mark.parametrize(("losses", "delay"), [(gamma_losses, 26), (lognormal_losses, 20), (mixture_losses, 26)])
+def test_delays_when_losses_double(losses, delay):
+    rng, clients = np.random.default_rng(19), 600
+    known = CUSUM.fit(pre=Singleton(NULL), post=Singleton(Gaussian(1.0, 1.0)), arl=1000, clip=4.0)
+    u = NormalScores().fit(losses(rng, clients, 100)).transform(2 * losses(rng, clients, 1500))
+    assert RunLengths.of(known.increment(u)).average(known.threshold) == pytest.approx(delay, abs=4)
+
+
+def log_run_lengths(detector, n, mean, variance):
+    """Of streams standardised by ``n`` values: exact on a grid of laws, interpolated."""
+    means = np.linspace(-4.3, 4.3, 9) / np.sqrt(n)
+    logs = np.linspace(-3.9, 5.5, 9) * np.sqrt(2 / n)
+    grid = [[exact_run_length(detector.increment, Gaussian(m, np.exp(v)), detector.threshold, states=100) for v in logs] for m in means]
+    return RectBivariateSpline(means, logs, np.log(np.minimum(grid, 1e12))).ev(mean, np.log(variance))
+
+
+@pytest.mark.parametrize(("n", "broken", "delay"), [(30, 0.379, 26.2), (100, 0.264, 17.1), (300, 0.129, 13.9), (1000, 0.019, 12.2)])
+def test_little_calibration_breaks_the_promise_of_a_known_law_and_a_confidence_set_keeps_it(n, broken, delay):
+    rng = np.random.default_rng(20)
+    location, square = rng.standard_normal(20_000) / np.sqrt(n), rng.chisquare(n - 1, 20_000) / (n - 1)
+    mean, variance = -location / np.sqrt(square), 1 / square  # law of a stream standardised by its own n values
+    known = CUSUM.fit(pre=Singleton(NULL), post=Singleton(Gaussian(1.0, 1.0)), arl=1000, clip=None)
+    assert np.mean(log_run_lengths(known, n, mean, variance) < np.log(500)) == pytest.approx(broken, abs=0.015)
+    pre = confidence_box(n=n)
+    post = GaussianBox(mean=(1.0, 4.0), variance=(1.0, max(1.5, pre.variance[1])))
+    robust = RobustScoreCUSUM.fit(pre=pre, post=post, arl=1000, clip=None)
+    assert np.mean(log_run_lengths(robust, n, mean, variance) < np.log(1000)) < 0.05
+    assert exact_run_length(robust.increment, Gaussian(1.0, 1.0), robust.threshold) == pytest.approx(delay, abs=0.2)
 
 
 def test_doubled_losses_are_noticed_about_as_fast_as_known():

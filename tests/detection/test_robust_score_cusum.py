@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from detection import CUSUM, Gaussian, GaussianBox, RobustScoreCUSUM, ScoreCUSUM, Singleton, confidence_box, exact_run_length
+from detection.gaussian_means import GaussianEllipsoid
 
 NULL, CENTRE = Gaussian(0.0, 1.0), Gaussian(1.9, 1.9)
 PRE = GaussianBox(mean=(-0.2, 0.2), variance=(0.8, 1.25))
@@ -116,6 +117,30 @@ def test_every_detector_is_fitted_the_same_way_and_keeps_its_promise(kind):
     assert detector.promise().arl == pytest.approx(500, rel=1e-3)
     assert detector.clip == 4.0
     assert detector == kind.fit(pre=confidence_box(100), post=GaussianBox(mean=(0.75, 4.0), variance=(1.0, 1.5)), arl=500)
+
+
+def test_ellipsoids_of_means_have_an_exact_promise_over_all_of_their_members():
+    covariance = ((1.0, 0.4), (0.4, 2.0))
+    pre = GaussianEllipsoid(mean=(0.0, 0.0), shape=((0.02, 0.0), (0.0, 0.04)), covariance=covariance)
+    post = GaussianEllipsoid(mean=(1.5, 1.0), shape=((0.3, 0.1), (0.1, 0.2)), covariance=covariance)
+    detector = RobustScoreCUSUM.fit(pre=pre, post=post, arl=500, clip=None)
+    promise = detector.promise()
+    circle = [np.array([np.cos(a), np.sin(a)]) for a in np.linspace(0, 2 * np.pi, 40)]
+    run_lengths = [exact_run_length(detector.increment, pre.at(a), detector.threshold) for a in circle]
+    delays = [exact_run_length(detector.increment, post.at(a), detector.threshold) for a in circle]
+    assert promise.arl == pytest.approx(500, rel=1e-3)
+    assert promise.floor <= promise.arl <= min(run_lengths) * (1 + 1e-6)
+    assert max(delays) <= promise.delay * (1 + 1e-6)
+    assert max(detector.increment.log_moment(pre.at(a)) for a in circle) <= 1e-9
+
+
+def test_the_multiplier_is_safe_at_the_worst_member_of_an_ellipsoid_whose_increment_is_curved():
+    pre = GaussianEllipsoid(mean=(0.0, 0.0), shape=((0.05, 0.0), (0.0, 0.2)), covariance=((1.0, 0.3), (0.3, 1.0)))
+    post = Singleton(Gaussian((1.5, 1.0), ((2.0, 0.0), (0.0, 1.2))))
+    detector = RobustScoreCUSUM.fit(pre=pre, post=post, arl=100, clip=None, method="floor")
+    circle = [np.array([np.cos(a), np.sin(a)]) for a in np.linspace(0, 2 * np.pi, 721)]
+    worst = max(detector.increment.log_moment(pre.at(a)) for a in circle)
+    assert -1e-5 <= worst <= 1e-9
 
 
 def test_sets_that_the_clip_hides_are_refused():

@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 
-from detection import Gaussian, exact_run_length, exact_threshold, likelihood_increment, score_increment
+from detection import (
+    Gaussian,
+    exact_run_length,
+    exact_threshold,
+    exact_threshold_for_probability,
+    late_delay,
+    likelihood_increment,
+    run_length_distribution,
+    score_increment,
+    siegmund_run_length,
+)
 from detection.increment import Quadratic
 
 NULL, SHIFTED = Gaussian(0.0, 1.0), Gaussian(1.0, 1.0)
@@ -87,3 +97,59 @@ def test_unknown_distributions_are_refused():
     increment = score_increment(Gaussian((0.0, 0.0), 1.0), Gaussian((0.0, 0.0), 2.0))
     with pytest.raises(ValueError, match="method='simulate'"):
         exact_run_length(increment, Gaussian((0.0, 0.0), 1.0), 3.0)
+
+
+@pytest.mark.parametrize(("law", "threshold"), [(NULL, 3.0), (SHIFTED, 5.0)])
+def test_the_distribution_of_the_run_length_has_the_mean_of_the_chain_and_the_steps_of_simulation(law, threshold):
+    share = run_length_distribution(REFERENCE, law, threshold, 4_000)
+    assert (np.diff(share) >= -1e-12).all()
+    assert 1 + (1 - share).sum() == pytest.approx(exact_run_length(REFERENCE, law, threshold), rel=1e-3)
+    rng, statistic, ended = np.random.default_rng(0), np.zeros(20_000), np.zeros(20_000, bool)
+    for t in range(60):
+        statistic = np.maximum(statistic + REFERENCE(law.sample(rng, 20_000)), 0.0)
+        ended |= statistic >= threshold
+        assert ended.mean() == pytest.approx(share[t], abs=4 * np.sqrt(0.25 / 20_000))
+
+
+def test_a_threshold_for_a_probability_gives_that_probability_under_the_worst_law():
+    laws = (NULL, Gaussian(0.1, 1.0))
+    increment = score_increment(NULL, SHIFTED).scaled(0.8)
+    threshold = exact_threshold_for_probability(increment, laws, 0.05, 500)
+    shares = [run_length_distribution(increment, law, threshold, 500)[-1] for law in laws]
+    assert max(shares) == pytest.approx(0.05, abs=1e-5)
+    assert np.argmax(shares) == 1
+    with pytest.raises(ValueError, match="probability must lie"):
+        exact_threshold_for_probability(increment, laws, 0.0, 500)
+
+
+def test_a_late_change_is_caught_sooner_than_one_at_a_fresh_start_as_simulation_says():
+    fresh, late = exact_run_length(REFERENCE, SHIFTED, 5.0), late_delay(REFERENCE, NULL, SHIFTED, 5.0)
+    assert 8.5 < late < fresh == pytest.approx(10.376, abs=0.01)
+    rng, num = np.random.default_rng(0), 20_000
+    statistic = np.zeros(num)
+    for _ in range(200):
+        after = np.maximum(statistic + REFERENCE(rng.standard_normal(num)), 0.0)
+        alive = np.flatnonzero(after < 5.0)
+        statistic = after[rng.choice(alive, num)]  # those that alarmed are replaced: the quasi-stationary law
+    delays, going = np.zeros(num), np.ones(num, bool)
+    while going.any():
+        statistic[going] = np.maximum(statistic[going] + REFERENCE(1 + rng.standard_normal(going.sum())), 0.0)
+        delays[going] += 1
+        going &= statistic < 5.0
+    assert late == pytest.approx(delays.mean(), abs=4 * delays.std() / np.sqrt(num))
+
+
+@pytest.mark.parametrize(("law", "h", "figure"), [(NULL, 4.0, 338.1), (NULL, 5.0, 938.2)])
+def test_siegmunds_formula_gives_its_published_figures_within_two_percent_of_the_chain(law, h, figure):
+    assert siegmund_run_length(REFERENCE, law, h) == pytest.approx(figure, abs=0.1)
+    assert siegmund_run_length(REFERENCE, law, h) == pytest.approx(exact_run_length(REFERENCE, law, h), rel=0.02)
+    assert siegmund_run_length(REFERENCE, SHIFTED, h) == pytest.approx(exact_run_length(REFERENCE, SHIFTED, h), rel=0.02)
+    with pytest.raises(ValueError, match="linear increments"):
+        siegmund_run_length(score_increment(NULL, Gaussian(0.0, 2.0)), NULL, h)
+
+
+@pytest.mark.parametrize(("drift", "scale"), [(0.5, 1.0), (0.25, 1.0), (0.7, 2.0)])
+def test_siegmunds_formula_holds_for_other_shifts_at_a_run_length_of_a_thousand(drift, scale):
+    increment = likelihood_increment(Gaussian(0.0, scale), Gaussian(drift * scale, scale))
+    threshold = exact_threshold(increment, (Gaussian(0.0, scale),), 1_000.0)
+    assert siegmund_run_length(increment, Gaussian(0.0, scale), threshold) == pytest.approx(1_000, rel=0.02)

@@ -59,3 +59,8 @@ def test_bytes_of_another_state_are_refused():
         from_bytes(to_bytes(nested(2, 0).parts[0]), like=nested(1, 0))
     with pytest.raises(ValueError, match="must hold a state of"):
         from_bytes(to_bytes(mapped(nested(2, 0), lambda column: column.astype(np.float32))), like=nested(1, 0))
+
+
+def test_a_state_of_objects_is_not_stored():
+    with pytest.raises(ValueError, match="holds Python objects"):
+        to_bytes((np.array([object()]),))
