@@ -177,13 +177,18 @@ class RunLengths:
 
     @classmethod
     def of_detector(cls, detector: Detector[Any], observations: Array) -> "RunLengths":
-        """From in-control ``observations`` (paths, horizon) or (paths, horizon, d), by the steps of ``detector``."""
+        """From in-control ``observations`` (paths, horizon) or (paths, horizon, d), by the steps of ``detector``.
+
+        A statistic may be ``-inf`` while it warms up, and ``inf``, an alarm at any threshold. Raises ``ValueError`` where it is ``nan``.
+        """
         paths, horizon = observations.shape[:2]
         state, peak, maxima = detector.init(paths), np.full(paths, -np.inf), np.empty((paths, horizon))
         for tick in range(horizon):
             state = detector.step(state, observations[:, tick])
             peak = np.maximum(peak, detector.statistic(state))
             maxima[:, tick] = peak
+        if np.isnan(peak).any():
+            raise ValueError(f"the statistic of {detector!r} is nan in {int(np.isnan(peak).sum())} of {paths} runs in control")
         return cls(maxima)
 
     def counts(self, threshold: float) -> tuple[int, int]:
@@ -232,9 +237,17 @@ class RunLengths:
         return max(float(np.nextafter(highest[allowed], np.inf)), float(np.finfo(np.float64).tiny))
 
     def threshold(self, arl: float, *, certified: bool = True) -> float:
-        """Least threshold (to 1e-9 of the highest peak) whose estimated run length reaches ``arl``. Raises ``ValueError`` where none does."""
+        """Least threshold (to 1e-9 of the highest peak) whose estimated run length reaches ``arl``.
+
+        Raises ``ValueError`` where none does, and for a statistic that never rises above 0.
+        """
         estimate = self.certified if certified else self.average
-        high = float(np.nextafter(self.maxima.max(), np.inf)) if certified else float(self.maxima.max())
+        highest = float(np.max(self.maxima, where=np.isfinite(self.maxima), initial=-inf))
+        if not highest > 0:
+            raise ValueError(
+                f"a threshold needs a statistic that rises above 0, got at most {highest:g} in {self.maxima.size} ticks in control"
+            )
+        high = float(np.nextafter(highest, inf)) if certified else highest
         if not estimate(high) >= arl:
             watched = self.maxima.size
             raise ValueError(

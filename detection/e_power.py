@@ -17,7 +17,7 @@ from detection.e_processes import EProcess, EState, e_bh
 from detection.laws import Array, Law
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UniformPrior:
     """``w_k = 1 / horizon`` up to the ``horizon``: the most even use of a window of known length; later changes get no weight at all."""
 

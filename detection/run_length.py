@@ -1,10 +1,12 @@
 """Exact run lengths of a reflected statistic, by a Markov chain on the distribution of its increment (Brook and Evans 1972).
 
-The mean, the whole distribution, thresholds for either, delays from a fresh start (Lorden) and long after it (Pollak), and Siegmund's formula.
+The mean, the whole distribution, thresholds for either, delays from a fresh start (Lorden) and long after it (Pollak) or for
+a change at random (Shiryaev), and Siegmund's formula.
 """
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from math import inf, log
 
 import numpy as np
@@ -14,6 +16,7 @@ from detection.laws import Array, Gaussian, Law
 from detection.multiplier import gaussian
 
 _STATES, _COARSE = 400, 100
+_CELLS = 8  # of a lattice step, where the increment is curved
 _BEYOND = 1e12  # the chain's linear system keeps about four digits up to here
 
 
@@ -84,6 +87,24 @@ def late_delay(increment: Increment, null: Law, change: Law, threshold: float, *
     return float(place @ np.linalg.solve(np.eye(states) - changed, np.ones(states)))
 
 
+def random_change(
+    increment: Increment, null: Law, change: Law, threshold: float, every: float, *, states: int = _STATES
+) -> tuple[float, float]:
+    """Mean false alarms before, and mean delay after, a change that comes with probability ``1 / every`` at each tick (Shiryaev's setting).
+
+    The statistic restarts at 0 after an alarm; the delay counts observations used. Raises ``ValueError`` for ``every`` not above 1.
+    """
+    if not every > 1:
+        raise ValueError(f"every must be above 1 tick, got {every!r}")
+    control, changed = (_chain(increment, law, threshold, states) for law in (null, change))
+    alarm = np.maximum(1.0 - control.sum(axis=1), 0.0)
+    control[:, 0] += alarm
+    stay = 1.0 - 1.0 / every
+    visits = np.linalg.solve(np.eye(states) - stay * control.T, np.eye(1, states)[0])  # ticks before the change spent in each state
+    delay = np.linalg.solve(np.eye(states) - changed, np.ones(states))
+    return float(stay * visits @ alarm), float(visits @ delay / every)
+
+
 def siegmund_run_length(increment: Increment, law: Law, threshold: float) -> float:
     """Siegmund's (1985) corrected approximation for a linear increment of a Gaussian: ``(exp(-2 d h) - 1 + 2 d h) / (2 d^2)``.
 
@@ -138,17 +159,25 @@ def _worst(increment: Increment, laws: Sequence[Law], threshold: float) -> Law |
 
 
 def _root(increment: Increment, law: Law, arl: float) -> float:
+    """Least threshold for ``arl`` under ``law``: on a coarse chain first, then on the fine one, which is 50 times as dear, close by."""
     from scipy.optimize import brentq
 
-    def excess(threshold: float) -> float:
-        return log(min(exact_run_length(increment, law, threshold), 10 * _BEYOND) / arl)
+    @cache
+    def excess(threshold: float, states: int = _STATES) -> float:
+        return log(min(exact_run_length(increment, law, threshold, states=states), 10 * _BEYOND) / arl)
 
     low, high = 1e-3 * log(arl), log(arl)
-    if excess(low) >= 0:
+    if excess(low, _COARSE) >= 0 and excess(low) >= 0:
         return low
-    while excess(high) < 0:
+    while excess(high, _COARSE) < 0:
         high *= 1.5
-    return float(brentq(excess, low, high, xtol=1e-7)) + 2e-7
+    near = high if excess(low, _COARSE) >= 0 else float(brentq(excess, low, high, args=(_COARSE,), xtol=1e-4))
+    below = above = 0.01
+    while near - below > low and excess(near - below) >= 0:
+        below *= 4
+    while excess(near + above) < 0:
+        above *= 4
+    return float(brentq(excess, max(near - below, low), near + above, xtol=1e-7)) + 2e-7
 
 
 def _chain(increment: Increment, law: Law, threshold: float, states: int) -> Array:
@@ -157,7 +186,7 @@ def _chain(increment: Increment, law: Law, threshold: float, states: int) -> Arr
         raise ValueError(f"threshold must be positive, got {threshold!r}")
     scalar, null = _on_the_line(increment, law)
     lags, below = _lattice(scalar, null, threshold / (states - 0.5), states)
-    chain: Array = lags[(states - 1) + np.arange(states)[None, :] - np.arange(states)[:, None]]
+    chain: Array = np.lib.stride_tricks.sliding_window_view(lags, states)[::-1].copy()
     chain[:, 0] = (below + np.cumsum(lags))[states - 1 - np.arange(states)]
     return chain
 
@@ -176,17 +205,17 @@ def _on_the_line(increment: Increment, law: Law) -> tuple[Quadratic, Gaussian]:
 def _lattice(increment: Quadratic, law: Gaussian, width: float, states: int) -> tuple[Array, float]:
     """Probabilities of increments of ``-(states-1) .. states-1`` lattice steps, and of all below.
 
-    The smooth part is rounded to the nearest step; an atom is shared by its two neighbours, which keeps its mean.
+    The smooth part is rounded to the nearest cell, a whole step of a linear increment and an eighth of a step of a curved one, whose
+    density has a pole at its least value. Cells and atoms are shared by the two steps next to them, which keeps their means.
     """
-    edges = np.arange(0.5 - states, states) * width
+    cells = 1 if increment.curvature == 0 else _CELLS
+    edges = np.arange((0.5 - states) * cells, (states - 0.5) * cells + 1) * (width / cells)
     smooth = increment.cumulative(law, edges)
-    lags, below = np.diff(smooth), float(smooth[0])
-    for value, mass in zip(*increment.atoms(law), strict=True):
-        step = int(np.floor(value / width))
-        share = value / width - step
-        for lag, part in ((step, mass * (1 - share)), (step + 1, mass * share)):
-            if lag <= -states:
-                below += part
-            elif lag < states:
-                lags[lag + states - 1] += part
-    return lags, below
+    values, masses = increment.atoms(law)
+    place = np.concatenate((0.5 * (edges[1:] + edges[:-1]), values)) / width
+    masses = np.concatenate((np.diff(smooth), masses))
+    step = np.floor(place)
+    share = place - step
+    lags = np.clip(np.concatenate((step, step + 1)).astype(np.int64) + states, 0, 2 * states)
+    found: Array = np.bincount(lags, np.concatenate((masses * (1 - share), masses * share)), 2 * states + 1).astype(np.float64)
+    return found[1:-1], float(smooth[0] + found[0])

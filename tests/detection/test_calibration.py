@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -213,3 +215,36 @@ def test_resampled_blocks_keep_the_dependence_that_single_ticks_lose():
 def test_targets_that_cannot_be_met_are_refused(target, told):
     with pytest.raises(ValueError, match=told):
         calibrated(ANY[3], NULL, rng=np.random.default_rng(0), **target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Odd(CUSUM):
+    """A CUSUM that has no statistic, ``before``, in its first 50 ticks, and one out of this world where it exceeds ``top``."""
+
+    before: float = -np.inf
+    top: float = np.inf
+
+    def statistic(self, state):
+        statistic = np.where(state.clock <= 50, self.before, state.statistic)
+        return np.where(statistic > self.top, np.inf, statistic)
+
+
+def test_a_detector_that_warms_up_is_calibrated_with_its_silence_counted():
+    tuned = calibrated(Odd(pre=NULL, post=SHIFTED, threshold=1.0), NULL, arl=200, rng=np.random.default_rng(0), certified=False)
+    assert simulated_first_alarms(tuned, 2000, 1500, seed=1) == pytest.approx(200, rel=0.08)
+    assert tuned.threshold < calibrated(ANY[3], NULL, arl=200, rng=np.random.default_rng(0), certified=False).threshold
+
+
+def test_a_statistic_that_leaps_to_infinity_alarms_at_any_threshold_and_is_calibrated_below():
+    usual = calibrated(ANY[3], NULL, arl=200, rng=np.random.default_rng(0)).threshold
+    leaping = Odd(pre=NULL, post=SHIFTED, threshold=1.0, top=usual + 0.5)
+    assert calibrated(leaping, NULL, arl=200, rng=np.random.default_rng(0)).threshold < usual + 0.5
+    with pytest.raises(ValueError, match="needs longer watching"):
+        calibrated(leaping, NULL, arl=5000, rng=np.random.default_rng(0))
+
+
+def test_statistics_that_are_no_numbers_or_never_rise_are_refused():
+    with pytest.raises(ValueError, match="is nan in 100 of 100 runs"):
+        calibrated(Odd(pre=NULL, post=SHIFTED, threshold=1.0, before=np.nan), NULL, arl=20, rng=np.random.default_rng(0), paths=100)
+    with pytest.raises(ValueError, match="rises above 0, got at most -inf"):
+        calibrated(Odd(pre=NULL, post=SHIFTED, threshold=1.0), NULL, arl=20, rng=np.random.default_rng(0), paths=100, horizon=50)

@@ -49,7 +49,7 @@ def scores(log_e, select):
 
 
 def test_a_uniform_prior_gives_nothing_beyond_its_horizon():
-    prior = UniformPrior(3)
+    prior = UniformPrior(horizon=3)
     assert_array_equal(prior.log_weight(np.array([3, 4])), [-np.log(3), -np.inf])
     x = np.random.default_rng(0).standard_normal((10, 5))
     assert np.isfinite(run(EProcess(increment=Z, prior=prior, threshold=4.0), x).log_spent).all()
@@ -104,7 +104,7 @@ def test_closed_e_bh_is_in_its_closure_contains_e_bh_and_almost_always_finds_the
 
 
 def test_at_one_tick_known_beforehand_a_boost_and_a_better_prior_find_nearly_all():
-    reciprocal, uniform = fleet(10), fleet(10, UniformPrior(200))
+    reciprocal, uniform = fleet(10), fleet(10, UniformPrior(horizon=200))
     boost = log_boost(PROCESS, NULL, SHIFTED, alpha=0.1, streams=2000, tick=150, rng=np.random.default_rng(11))
     assert boost == pytest.approx(6.3, abs=0.15)
     results = {
@@ -162,7 +162,7 @@ def test_plain_e_bh_over_time_takes_discoveries_back():
 def test_the_whole_history_of_discoveries_keeps_its_level_where_power_is_scarce():
     """Few streams, a high level, changes at the end: the worst case for a bound on false discoveries."""
     runs, streams, alpha = 200, 20, 0.5
-    rng, process = np.random.default_rng(16), EProcess(increment=Z, prior=UniformPrior(60), threshold=4.0)
+    rng, process = np.random.default_rng(16), EProcess(increment=Z, prior=UniformPrior(horizon=60), threshold=4.0)
     worst = np.zeros(runs)
     for r in range(runs):
         x = rng.standard_normal((60, streams))

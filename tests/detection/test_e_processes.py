@@ -15,7 +15,7 @@ from detection.states import columns, take
 
 NULL, SHIFTED = Gaussian(0.0, 1.0), Gaussian(1.0, 1.0)
 Z = likelihood_increment(NULL, SHIFTED)
-PRIORS = (PolynomialPrior(), UniformPrior(40), GeometricPrior(rate=1 / 30))
+PRIORS = (PolynomialPrior(), UniformPrior(horizon=40), GeometricPrior(rate=1 / 30))
 PROCESS = EProcess(increment=Z, threshold=4.0)
 ADJUSTED = AdjustedEProcess(process=PROCESS, threshold=4.0)
 every_prior = pytest.mark.parametrize("prior", PRIORS, ids=lambda prior: type(prior).__name__)
@@ -75,7 +75,7 @@ def test_evidence_of_thousands_of_nats_neither_overflows_nor_vanishes():
 
 
 def test_one_stream_in_control_ever_alarms_no_more_often_than_ville_allows():
-    rng, process = np.random.default_rng(2), EProcess(increment=Z, prior=UniformPrior(300), threshold=np.log(20))
+    rng, process = np.random.default_rng(2), EProcess(increment=Z, prior=UniformPrior(horizon=300), threshold=np.log(20))
     state, alarmed = process.init(4000), np.zeros(4000, bool)
     for _ in range(300):
         state = process.step(state, rng.standard_normal(4000))
@@ -132,7 +132,7 @@ def test_a_missing_observation_of_an_active_stream_is_refused():
         PROCESS.step(PROCESS.init(2), [0.0, np.nan])
 
 
-@pytest.mark.parametrize(("name", "bad"), [("horizon", lambda: UniformPrior(0)), ("rate", lambda: GeometricPrior(rate=1.0))])
+@pytest.mark.parametrize(("name", "bad"), [("horizon", lambda: UniformPrior(horizon=0)), ("rate", lambda: GeometricPrior(rate=1.0))])
 def test_priors_refuse_what_is_no_prior(name, bad):
     with pytest.raises(ValueError, match=name):
         bad()

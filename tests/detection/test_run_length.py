@@ -3,6 +3,8 @@ import pytest
 
 from detection import (
     Gaussian,
+    ScoreCUSUM,
+    Singleton,
     exact_run_length,
     exact_threshold,
     exact_threshold_for_probability,
@@ -153,3 +155,32 @@ def test_siegmunds_formula_holds_for_other_shifts_at_a_run_length_of_a_thousand(
     increment = likelihood_increment(Gaussian(0.0, scale), Gaussian(drift * scale, scale))
     threshold = exact_threshold(increment, (Gaussian(0.0, scale),), 1_000.0)
     assert siegmund_run_length(increment, Gaussian(0.0, scale), threshold) == pytest.approx(1_000, rel=0.02)
+
+
+@pytest.mark.parametrize("post", [Gaussian(0.0, 2.0), Gaussian(0.3, 2.0), Gaussian(0.0, 0.5)])
+@pytest.mark.parametrize("clip", [None, 4.0])
+def test_the_chain_of_a_curved_increment_hardly_depends_on_its_number_of_states(post, clip):
+    increment = ScoreCUSUM.fit(pre=Singleton(NULL), post=Singleton(post), arl=100, clip=clip).increment
+    for arl, tolerance in ((1e2, 0.001), (1e4, 0.004), (1e6, 0.02)):
+        threshold = exact_threshold(increment, [NULL], arl)
+        assert exact_run_length(increment, NULL, threshold, states=1600) == pytest.approx(arl, rel=tolerance)
+        assert exact_run_length(increment, NULL, threshold, states=403) == pytest.approx(arl, rel=0.4 * tolerance)
+
+
+def test_a_whole_threshold_takes_few_solves_of_the_fine_chain(monkeypatch):
+    solved, solve = [], np.linalg.solve
+    monkeypatch.setattr(np.linalg, "solve", lambda a, b: solved.append(len(a)) or solve(a, b))
+    exact_threshold(REFERENCE, [NULL], 10_000)
+    assert solved.count(400) <= 6
+
+
+@pytest.mark.parametrize("arl", [100, 1_000, 10_000])
+def test_exact_thresholds_keep_their_run_length_within_five_percent_when_simulated_afresh(arl):
+    threshold = exact_threshold(REFERENCE, [NULL], arl)
+    rng, statistic, alarms, streams, ticks = np.random.default_rng(0), np.zeros(10_000), 0, 10_000, max(1000, arl // 4)
+    for _ in range(ticks):
+        statistic = np.maximum(statistic + REFERENCE(rng.standard_normal(streams)), 0.0)
+        fired = statistic >= threshold
+        alarms += int(fired.sum())
+        statistic[fired] = 0.0
+    assert streams * ticks / alarms == pytest.approx(arl, rel=0.05)
