@@ -2,11 +2,13 @@
 
 Stands alone on NumPy and SciPy. Learned scores need PyTorch (``detection.score_matching``), figures matplotlib (``detection.figures``),
 river's detectors river (``detection.river_detectors``, ``detection.river_drift``): import those modules by name.
+Streams with known change points are drawn by ``detection.generators``.
 """
 
 from detection.autocorrelation import Advice, Autocorrelation, ljung_box, pooled_autocorrelation, suggest
 from detection.bank import Bank, Mirrored, TwoSided
 from detection.calibration import Calibration, RunLengths, block_bootstrap, calibrated, calibration, threshold_for
+from detection.costs import CostOptimum, Costs, cost_optimal_arl, cost_per_tick
 from detection.counts import BernoulliCUSUM, CountsCUSUM
 from detection.cusum import CUSUM
 from detection.design import SimulatedPromise
@@ -16,13 +18,23 @@ from detection.discoveries import Discoveries, StoppedEBH
 from detection.divergence import SampledDivergence, fisher_divergence, sampled_divergence
 from detection.e_power import AdjustedEProcess, UniformPrior, closed_e_bh, log_boost
 from detection.e_processes import EProcess, GeometricPrior, PolynomialPrior, e_bh, mean_e, product_e
-from detection.evaluation import Delay, average_run_length, detection_delay
+from detection.evaluation import (
+    Delay,
+    Evaluation,
+    Measured,
+    average_run_length,
+    detection_delay,
+    evaluate,
+    location_errors,
+    operating_curve,
+)
 from detection.exponential import ExponentialFamily, Polynomial, Quartic, QuarticFeature, fit_exponential
 from detection.fleet import FleetDetector, MaxOfStatistics, MixtureOfStatistics, SoftThresholdSum, SumOfStatistics, TopR, calibrate_fleet
 from detection.focus import FOCuS
 from detection.gaussian_means import GaussianEllipsoid, GaussianMeanBox
+from detection.generators import ChangingStreams
 from detection.glr import MeanVarianceGLR, WindowGLR
-from detection.groups import GroupDiscoveries, group_discoveries, onsets
+from detection.groups import GroupDiscoveries, Onsets, group_discoveries, onsets
 from detection.hulls import MixtureHull, ObservedLaw, SampledSet
 from detection.increment import Increment, Standardised, likelihood_increment, score_increment
 from detection.laws import Gaussian, GaussianStreams, Law, ScoredLaw, hyvarinen_score
@@ -65,7 +77,10 @@ __all__ = [
     "BatchMeans",
     "BernoulliCUSUM",
     "Calibration",
+    "ChangingStreams",
     "CommonShock",
+    "CostOptimum",
+    "Costs",
     "CountsCUSUM",
     "Delay",
     "Detector",
@@ -73,6 +88,7 @@ __all__ = [
     "Diagnosis",
     "Discoveries",
     "EProcess",
+    "Evaluation",
     "ExponentialFamily",
     "FOCuS",
     "FiniteSet",
@@ -94,6 +110,7 @@ __all__ = [
     "MatrixScoreCUSUM",
     "MaxOfStatistics",
     "MeanVarianceGLR",
+    "Measured",
     "Mirrored",
     "Mixture",
     "MixtureHull",
@@ -102,6 +119,7 @@ __all__ = [
     "Multiplier",
     "NormalScores",
     "ObservedLaw",
+    "Onsets",
     "PageHinkley",
     "Polynomial",
     "PolynomialPrior",
@@ -144,6 +162,8 @@ __all__ = [
     "closed_e_bh",
     "common_movement",
     "confidence_box",
+    "cost_optimal_arl",
+    "cost_per_tick",
     "cross_entropy",
     "default_post",
     "detection_delay",
@@ -151,6 +171,7 @@ __all__ = [
     "e_bh",
     "energy",
     "entropy",
+    "evaluate",
     "exact_run_length",
     "exact_threshold",
     "exact_threshold_for_probability",
@@ -162,12 +183,14 @@ __all__ = [
     "least_favourable",
     "likelihood_increment",
     "ljung_box",
+    "location_errors",
     "log_boost",
     "margin",
     "max_probability",
     "mean_e",
     "multiplier_for",
     "onsets",
+    "operating_curve",
     "pooled_autocorrelation",
     "positive_root",
     "preconditioned_increment",
