@@ -144,6 +144,7 @@ ANY = [
 
 
 @pytest.mark.parametrize("detector", ANY, ids=lambda d: type(d).__name__)
+@pytest.mark.slow
 def test_any_detector_keeps_the_run_length_it_was_calibrated_to(detector):
     tuned = calibrated(detector, NULL, arl=200, rng=np.random.default_rng(0), certified=False)
     assert type(tuned) is type(detector)
@@ -173,6 +174,7 @@ def test_simulated_thresholds_keep_their_run_length_within_five_percent(arl):
     assert np.mean([true_ratio(b, arl) for b in found]) == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_certified_calibration_is_rarely_below_its_target():
     found = [calibration(ANY[3], NULL, arl=100, rng=np.random.default_rng(seed), paths=200, horizon=400) for seed in range(40)]
     below = sum(true_ratio(c.threshold, 100) < 1 for c in found)

@@ -76,6 +76,7 @@ def test_the_run_length_on_a_lattice_is_that_of_the_markov_chain():
 
 
 @pytest.mark.parametrize(("pre", "post"), [(0.1, 0.2), (0.5, 0.3), (0.02, 0.06), (0.3, 0.35)])
+@pytest.mark.slow
 def test_the_fitted_threshold_is_the_least_that_keeps_the_run_length(pre, post):
     detector = BernoulliCUSUM.fit(pre=pre, post=post, arl=500)
     assert detector.run_length(pre) >= 500
@@ -84,6 +85,7 @@ def test_the_fitted_threshold_is_the_least_that_keeps_the_run_length(pre, post):
     assert detector.threshold < np.log(500)
 
 
+@pytest.mark.slow
 def test_the_exact_run_length_and_delay_are_those_of_the_detector_itself():
     rng, detector = np.random.default_rng(3), BernoulliCUSUM.fit(pre=0.1, post=0.25, arl=1000)
     for rate in (0.1, 0.25):
@@ -100,6 +102,7 @@ def test_extreme_rates_have_the_run_lengths_they_must():
     assert falls.run_length(0.0) == np.ceil(2.0 / np.log(1.5))
 
 
+@pytest.mark.slow
 def test_counts_keep_their_promised_run_length():
     rng = np.random.default_rng(4)
     detector = CountsCUSUM.fit(pre=PRE, post=POST, arl=300, trials=5, rng=rng)

@@ -159,6 +159,7 @@ def test_plain_e_bh_over_time_takes_discoveries_back():
     assert e_bh(log_e=PROCESS.log_e(run(PROCESS, x)), alpha=0.1)[:30].mean() < 0.9
 
 
+@pytest.mark.slow
 def test_the_whole_history_of_discoveries_keeps_its_level_where_power_is_scarce():
     """Few streams, a high level, changes at the end: the worst case for a bound on false discoveries."""
     runs, streams, alpha = 200, 20, 0.5

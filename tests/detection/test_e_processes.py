@@ -215,6 +215,7 @@ def bh(p, alpha):
     return bool((ordered <= alpha * np.arange(1, len(p) + 1) / len(p)).any())
 
 
+@pytest.mark.slow
 def test_p_values_looked_at_every_tick_always_reject_in_a_quiet_fleet_and_e_values_hardly_ever():
     runs, streams = 40, 500
     rng, cusum = np.random.default_rng(13), CUSUM(pre=NULL, post=SHIFTED, threshold=5.0)

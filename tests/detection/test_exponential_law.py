@@ -106,6 +106,7 @@ def test_quartic_vectors_have_the_moments_of_quadrature_and_of_scaling():
     assert stats.kstest(energy, stats.gamma(2.5).cdf).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_langevin_chains_have_the_moments_of_quadrature():
     wells = ExponentialFamily(Polynomial(degree=4), (0.3, 2.0, 0.0, -1.0))
     draws, grid = wells.sample(np.random.default_rng(11), 4000), np.linspace(-4, 4, 2001)
@@ -117,6 +118,7 @@ def test_langevin_chains_have_the_moments_of_quadrature():
     assert stats.kstest(draws, lambda x: np.interp(x, grid, np.cumsum(mass))).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_langevin_chains_of_vectors_agree_with_exact_draws_from_a_distant_start():
     law = Quartic(0.7, 2)
     start = np.array([[30.0, -30.0]])

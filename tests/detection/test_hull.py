@@ -130,6 +130,7 @@ def test_two_hulls_end_at_a_pair_that_no_grid_of_both_improves():
 
 
 @pytest.mark.parametrize("box", [GaussianBox(mean=(-0.5, 0.3), variance=(0.5, 2.0)), GaussianBox(mean=(-3.0, -1.0), variance=(4.0, 9.0))])
+@pytest.mark.slow
 def test_a_box_against_a_hull_is_fitted_to_the_best_member_of_a_grid(box):
     found = closest_pair(box, HULL)
     members = [Gaussian(m, v) for m in np.linspace(*box.mean, 11) for v in np.linspace(*box.variance, 11)]
@@ -138,6 +139,7 @@ def test_a_box_against_a_hull_is_fitted_to_the_best_member_of_a_grid(box):
     assert found.divergence <= min(closest_pair(Singleton(law), HULL).divergence for law in members[::40]) + 1e-9
 
 
+@pytest.mark.slow
 def test_an_ellipsoid_against_a_hull_is_fitted_to_its_best_member():
     covariance = ((1.0, 0.4), (0.4, 1.0))
     pre = GaussianEllipsoid(mean=(0.0, 0.0), shape=((0.2, 0.0), (0.0, 0.05)), covariance=covariance)
@@ -182,6 +184,7 @@ def test_the_margin_of_a_sampled_set_fails_to_hold_no_more_often_than_stated():
     assert refused >= 0.93 * 200
 
 
+@pytest.mark.slow
 def test_a_robust_detector_of_a_hull_keeps_its_promise():
     rng = np.random.default_rng(0)
     detector = RobustScoreCUSUM.fit(pre=Singleton(NULL), post=HULL, arl=300, clip=None, rng=rng)
@@ -209,6 +212,7 @@ def test_a_detector_of_sampled_sets_has_a_run_length_of_at_least_the_exponential
     assert run_length_interval(ticks, alarms)[0] >= np.exp(threshold)
 
 
+@pytest.mark.slow
 def test_a_hull_of_corruptions_known_by_learned_scores_has_a_robust_detector():
     pytest.importorskip("torch")
     from detection.score_matching import fit_score

@@ -114,6 +114,7 @@ def _random_sets(rng, size):
     return pre, GaussianEllipsoid(mean=middle, shape=0.1 * _random_covariance(rng, size, 2.0), covariance=covariance)
 
 
+@pytest.mark.slow
 def test_the_closest_means_are_those_of_a_general_solver():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -134,6 +135,7 @@ def test_the_closest_means_are_those_of_a_general_solver():
         assert 0 <= gap <= 1e-9 * found
 
 
+@pytest.mark.slow
 def test_every_member_of_ellipsoids_and_boxes_of_means_drifts_by_the_certified_margin():
     rng = np.random.default_rng(1)
     for _ in range(10):

@@ -47,6 +47,7 @@ def test_the_covariance_itself_is_a_best_matrix():
     assert fitted.increment.mean(CHANGED) <= DIVERGENCE * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_the_matrix_of_other_laws_drifts_more_than_the_best_number_and_less_than_the_divergence():
     pre = Mixture((Gaussian((-1.0, 0.0), ((1.0, 0.8), (0.8, 1.0))), Gaussian((1.0, 0.0), ((1.0, 0.8), (0.8, 1.0)))), (0.5, 0.5))
     post = Mixture((Gaussian((-1.0, 0.7), ((1.0, 0.8), (0.8, 1.0))), Gaussian((1.0, 0.7), ((1.0, 0.8), (0.8, 1.0)))), (0.5, 0.5))
@@ -61,6 +62,7 @@ def test_the_matrix_of_other_laws_drifts_more_than_the_best_number_and_less_than
 
 
 @pytest.mark.parametrize("threshold", [2.0, 4.0])
+@pytest.mark.slow
 def test_a_fitted_matrix_keeps_the_run_length_above_the_exponential_of_the_threshold(threshold):
     mixture = Mixture((NULL, Gaussian((0.0, 1.0, 0.0), 1.0)), (0.8, 0.2))
     for pre, post in ((NULL, CHANGED), (mixture, Gaussian((1.0, 1.0, 1.0), COVARIANCE))):
@@ -97,6 +99,7 @@ def test_the_robust_matrix_reaches_the_best_least_drift_of_a_grid_of_quadratics(
     assert min(detector.increment.mean(law) for law in changes) >= best * (1 - 1e-3)
 
 
+@pytest.mark.slow
 def test_the_robust_matrix_covers_an_ellipsoid_and_a_hull_with_less_delay_than_a_number():
     rng = np.random.default_rng(0)
     pre = GaussianEllipsoid(mean=(0.0, 0.0, 0.0), shape=0.01 * np.eye(3), covariance=COVARIANCE)

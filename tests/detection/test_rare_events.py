@@ -49,6 +49,7 @@ def test_splitting_agrees_with_the_exact_chain_at_a_million_ticks():
     assert found.standard_error < 0.1e6
 
 
+@pytest.mark.slow
 def test_splitting_serves_a_detector_without_a_tilt():
     focus = FOCuS(threshold=6.0)
     found = split_run_length(focus, NULL, np.random.default_rng(4), particles=400, horizon=200, repeats=6)

@@ -222,6 +222,7 @@ def test_a_quadratic_statistic_of_gaussian_vectors_is_simulated_with_an_exact_mu
     assert promise.arl_interval[1] > 200
 
 
+@pytest.mark.slow
 def test_the_likelihood_ratio_of_mixtures_is_the_optimum_that_scores_approach():
     rng = np.random.default_rng(0)
     pre = Singleton(Mixture((Gaussian(-1.0, 1.0), Gaussian(1.0, 1.0)), (0.5, 0.5)))
