@@ -5,7 +5,7 @@ away from its own. Exports ``Bank``, ``Mirrored`` and ``TwoSided``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -59,6 +59,10 @@ class Bank(Detector[BankState]):
         """Maximum over the members (N,)."""
         return np.asarray(self._statistics(state).max(axis=0))
 
+    def without_alarms(self) -> Self:
+        """Of the bank and its members: a member that learns until it alarms then goes on learning."""
+        return replace(super().without_alarms(), members=tuple(member.without_alarms() for member in self.members))
+
     def leader(self, state: BankState) -> NDArray[np.intp]:
         """Which member has the highest statistic in each stream (N,): the size, or the direction, of the change."""
         return np.asarray(self._statistics(state).argmax(axis=0))
@@ -89,7 +93,7 @@ class Bank(Detector[BankState]):
 
 @dataclass(frozen=True, kw_only=True)
 class Mirrored(Detector[Any]):
-    """``detector`` on ``-x``: falls where it watches for rises. Its state is that of ``detector``; infinite observations are refused."""
+    """``detector`` on ``-x``: falls where it watches for rises. Its state is that of ``detector``; ``+inf`` is its lowest value where it clips."""
 
     detector: Detector[Any]
 
@@ -104,7 +108,21 @@ class Mirrored(Detector[Any]):
     def step(self, state: Any, x: ArrayLike, active: Mask | None = None) -> Any:
         """One step of ``detector`` on ``-x``."""
         x, active = self._checked(state, x, active)
-        return self.detector.step(state, -x, active)
+        return self.detector.step(state, np.where(x == np.inf, -self._clip, -x), active)
+
+    def without_alarms(self) -> Self:
+        """Of both."""
+        return replace(super().without_alarms(), detector=self.detector.without_alarms())
+
+    @property
+    def takes_infinity(self) -> bool:
+        """Where ``detector`` clips observations."""
+        return bool(np.isfinite(self._clip))
+
+    @property
+    def _clip(self) -> float:
+        clip = getattr(self.detector, "clip", None)
+        return np.inf if clip is None else float(clip)
 
     def restart(self, state: Any, mask: Mask) -> Any:
         """The streams of ``mask`` (N,) as new; the others keep their bits."""

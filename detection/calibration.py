@@ -40,8 +40,8 @@ def threshold_for(
     ``E exp(z) <= 1``. ``certified`` uses the lower 95 % end of the estimate. Raises ``ValueError`` for an unknown method, for a missing
     ``rng`` or ``streams``, and where the paths are too short for ``arl``.
     """
-    if not arl >= 2:
-        raise ValueError(f"arl must be at least 2 ticks, got {arl!r}")
+    if not 2 <= arl < inf:
+        raise ValueError(f"arl must be at least 2 ticks, and finite, got {arl!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if method == "floor":
@@ -117,8 +117,8 @@ def calibration(
     """
     if (arl is None) == (false_alarm is None):
         raise ValueError(f"give one target, arl or false_alarm, got arl={arl!r} and false_alarm={false_alarm!r}")
-    if arl is not None and not arl >= 2:
-        raise ValueError(f"arl must be at least 2 ticks, got {arl!r}")
+    if arl is not None and not 2 <= arl < inf:
+        raise ValueError(f"arl must be at least 2 ticks, and finite, got {arl!r}")
     if false_alarm is not None:
         horizon = _checked_horizon(false_alarm, horizon)
     elif horizon is None:
@@ -182,6 +182,7 @@ class RunLengths:
         A statistic may be ``-inf`` while it warms up, and ``inf``, an alarm at any threshold. Raises ``ValueError`` where it is ``nan``.
         """
         paths, horizon = observations.shape[:2]
+        detector = detector.without_alarms()
         state, peak, maxima = detector.init(paths), np.full(paths, -np.inf), np.empty((paths, horizon))
         for tick in range(horizon):
             state = detector.step(state, observations[:, tick])
@@ -237,7 +238,7 @@ class RunLengths:
         return max(float(np.nextafter(highest[allowed], np.inf)), float(np.finfo(np.float64).tiny))
 
     def threshold(self, arl: float, *, certified: bool = True) -> float:
-        """Least threshold (to 1e-9 of the highest peak) whose estimated run length reaches ``arl``.
+        """Least threshold (to 1e-9 of the highest peak, and at least that) whose estimated run length reaches ``arl``.
 
         Raises ``ValueError`` where none does, and for a statistic that never rises above 0.
         """
@@ -253,7 +254,9 @@ class RunLengths:
             raise ValueError(
                 f"arl={arl:g} needs longer watching than {watched} ticks in control (paths x horizon): about {3.5 * arl:.0f} or more"
             )
-        low = 0.0
+        low = 1e-9 * high
+        if estimate(low) >= arl:
+            return low
         while high - low > 1e-9 * high:
             middle = 0.5 * (low + high)
             low, high = (low, middle) if estimate(middle) >= arl else (middle, high)

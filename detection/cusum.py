@@ -8,7 +8,7 @@ import numpy as np
 from detection.design import SimulatedPromise, designed_threshold, knows_exactly, simulated_promise
 from detection.detector import ReflectedSum
 from detection.expectations import DRAWS
-from detection.increment import Increment, likelihood_increment
+from detection.increment import Increment, likelihood_increment, rows_of, streams_of
 from detection.laws import Array, Gaussian, Law, NormalisedLaw
 from detection.multiplier import CONFIDENCE, multiplier_for
 from detection.promise import Promise, promise_of
@@ -34,9 +34,15 @@ class LikelihoodDifference:
         """``multiplier * z``."""
         return replace(self, multiplier=multiplier * self.multiplier)
 
+    @property
+    def streams(self) -> int | None:
+        """Number of streams that have a law of their own; ``None`` where all share one."""
+        return streams_of(self.pre, self.post)
+
     def at(self, rows: slice) -> "LikelihoodDifference":
-        """Itself: all streams share it."""
-        return self
+        """The laws of the streams ``rows``, where a law has ``rows`` (one law for each stream)."""
+        pre, post = rows_of(self.pre, rows), rows_of(self.post, rows)
+        return self if pre is self.pre and post is self.post else replace(self, pre=pre, post=post)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)

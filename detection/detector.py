@@ -5,9 +5,9 @@ Exports ``Detector`` (the base), ``ReflectedSum`` (statistics that add increment
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +19,7 @@ from detection.states import columns, merged
 Mask = NDArray[np.bool_]
 Ticks = NDArray[np.int64]
 S = TypeVar("S")
+_OUT_OF_REACH = 1e300
 _BLOCK = 65_536  # streams at once: few enough for the cache, many enough that Python costs nothing
 
 
@@ -70,6 +71,10 @@ class Detector(ABC, Generic[S]):
         x, active = self._checked(state, x, active)
         after = self._next(state, x)
         return after if active is None else merged(active, after, state)
+
+    def without_alarms(self) -> Self:
+        """This detector with a threshold out of reach: up to the first alarm at *any* threshold, its statistics are those it would have there."""
+        return replace(self, threshold=_OUT_OF_REACH)
 
     def alarms(self, state: S) -> Mask:
         """Streams at or above the threshold."""
@@ -145,6 +150,9 @@ class ReflectedSum(Detector[DetectorState]):
         that swaps two states runs about twice as fast. It must not be ``state``; after an error its content is undefined.
         """
         values = shaped(x, len(state))
+        own = getattr(self.increment, "streams", None)
+        if own not in (None, len(state)):
+            raise ValueError(f"this detector has one law for each of {own} streams, got a state of {len(state)}")
         active = None if active is None else checked_mask(active, len(state), "active")
         after = _empty(len(state)) if out is None else _room(out, state)
         for rows in _blocks(len(state)):
@@ -163,8 +171,14 @@ class ReflectedSum(Detector[DetectorState]):
             seen = np.where(active[rows] if x.ndim == 1 else active[rows, None], seen, 0.0)
         if not _allowed(seen, self.takes_infinity).all():
             raise refused(x if active is None else np.where(active if x.ndim == 1 else active[:, None], x, 0.0), self.takes_infinity)
-        statistic = self.increment.at(rows)(seen)
+        statistic = np.asarray(self.increment.at(rows)(seen))
+        if statistic.shape != seen.shape[:1]:
+            raise ValueError(
+                f"the laws of this detector do not take observations of shape {x.shape}: got increments of shape {statistic.shape}"
+            )
         statistic += state.statistic[rows]
+        if np.isnan(statistic.sum()):
+            _refuse_overflow(statistic, rows.start)
         rising = np.add(state.rising[rows], 1, out=after.rising[rows])
         rising *= statistic > 0.0
         # reflected, so that evidence against a change cannot mask one later; a sum of 0.0 and anything is never -0.0
@@ -216,6 +230,15 @@ def _empty(streams: int) -> DetectorState:
     piece = np.empty(16 * streams, np.uint8)
     floats, ints = piece[: 8 * streams].view(np.float64), piece[8 * streams :].view(np.int32)
     return DetectorState(floats, ints[:streams], ints[streams:])
+
+
+def _refuse_overflow(statistic: Array, first: int) -> None:
+    """Raises ``ValueError`` where a finite observation has no finite score, so that no broken model passes for a quiet one."""
+    lost = np.isnan(statistic)
+    if lost.any():
+        raise ValueError(
+            f"{int(lost.sum())} streams have an observation so far out that its scores overflow, the first is stream {first + int(lost.argmax())}; set a clip"
+        )
 
 
 def _room(out: DetectorState, state: DetectorState) -> DetectorState:

@@ -60,6 +60,10 @@ class StoppedEBH:
         return self.process.changed_at(state.process)
 
     def restart(self, state: Discoveries, mask: Mask) -> Discoveries:
-        """The streams of ``mask`` (N,) as new, not found; the promise is then about each stream's latest epoch."""
+        """The streams of ``mask`` (N,) as new, not found.
+
+        The promise is about a fleet restarted as a whole. Restarting only what was found takes true discoveries out of the count while false
+        ones stay, and the false share of what is left may exceed ``alpha``: keep the record of such epochs yourself.
+        """
         mask = checked_mask(mask, len(state.found), "mask")
         return Discoveries(self.process.restart(state.process, mask), np.where(mask, 0, state.found), state.tick)

@@ -177,7 +177,8 @@ def _tilted(process: EProcess, pre: Law, post: Law, tick: int, rng: np.random.Ge
     ratio = EProcess(increment=_LogRatio(pre, post), prior=process.prior, threshold=process.threshold)
     state, mixture = process.init(paths), ratio.init(paths)
     for now in range(1, tick + 1):
-        x = np.where(now >= change, post.sample(rng, paths), pre.sample(rng, paths))
+        after, before = post.sample(rng, paths), pre.sample(rng, paths)
+        x = np.where((now >= change).reshape(-1, *[1] * (after.ndim - 1)), after, before)
         state, mixture = process.step(state, x), ratio.step(mixture, x)
     return process.log_e(state), ratio.log_e(mixture)
 

@@ -190,6 +190,7 @@ def _ticks(source: Law | ArrayLike, runs: int, ticks: int, rng: np.random.Genera
 
 def _maxima(detector: Detector[Any], ticks: Iterable[Array], runs: int, top: float) -> Array:
     """Running maximum of each statistic (runs, ticks), cut after the tick at which all have reached ``top``."""
+    detector = detector.without_alarms()
     state, peak, columns = detector.init(runs), np.full(runs, -np.inf), []
     for x in ticks:
         state = detector.step(state, x)

@@ -169,6 +169,11 @@ class ScoreDifference:
         """``multiplier * z``."""
         return replace(self, multiplier=multiplier * self.multiplier)
 
+    @property
+    def streams(self) -> int | None:
+        """Number of streams that have a law of their own; ``None`` where all share one."""
+        return streams_of(self.pre, self.post)
+
     def at(self, rows: slice) -> "ScoreDifference":
         """The laws of the streams ``rows``, where a law has ``rows`` (one law for each stream)."""
         pre, post = rows_of(self.pre, rows), rows_of(self.post, rows)
@@ -211,6 +216,11 @@ class Standardised:
         """``multiplier * z``."""
         return replace(self, increment=self.increment.scaled(multiplier))
 
+    @property
+    def streams(self) -> int:
+        """Number of streams."""
+        return len(self.location)
+
     def at(self, rows: slice) -> "Standardised":
         """With the locations and deviations of ``rows``."""
         return replace(self, location=self.location[rows], deviation=self.deviation[rows])
@@ -237,9 +247,19 @@ class StreamwiseLine:
         low, high = sorted((multiplier * self.low, multiplier * self.high))
         return StreamwiseLine(gain=multiplier * self.gain, shift=multiplier * self.shift, low=low, high=high)
 
+    @property
+    def streams(self) -> int:
+        """Number of streams."""
+        return len(self.gain)
+
     def at(self, rows: slice) -> "StreamwiseLine":
         """With the gains and shifts of ``rows``."""
         return StreamwiseLine(gain=self.gain[rows], shift=self.shift[rows], low=self.low, high=self.high)
+
+
+def streams_of(*laws: Law) -> int | None:
+    """How many streams the ``laws`` speak of, one law for each; ``None`` where each law serves any number."""
+    return next((len(law) for law in laws if hasattr(law, "rows")), None)  # type: ignore[arg-type]
 
 
 def rows_of(law: Law, rows: slice) -> Law:

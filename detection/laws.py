@@ -286,8 +286,13 @@ def _hashable(value: Any) -> Any:
 def _is_positive(variance: Array) -> bool:
     if variance.ndim < 2:
         return bool((variance > 0).all())
-    return np.allclose(variance, variance.T, rtol=1e-10, atol=0) and bool(np.linalg.eigvalsh(variance)[0] > 0)
+    return np.allclose(variance, variance.T, rtol=1e-10, atol=0) and _is_regular(np.asarray(np.linalg.eigvalsh(variance), dtype=np.float64))
 
 
 def _frozen(value: Array) -> Any:
     return float(value) if value.ndim == 0 else tuple(_frozen(part) for part in value)
+
+
+def _is_regular(eigenvalues: Array) -> bool:
+    """Positive, and the least not lost in the rounding of the largest."""
+    return bool(eigenvalues[0] > 1e-13 * eigenvalues[-1])

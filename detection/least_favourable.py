@@ -25,7 +25,7 @@ class LeastFavourablePair:
     and the least over the post-change set, verified to lie on either side of 0, with ``standard_errors`` where they come from draws.
 
     ``gap`` certifies the post-change law: no member of its set drifts by less than ``divergence - gap`` (on the observations that placed it,
-    where the set is sampled); 0 in closed form. ``weights`` and ``pre_weights`` are those of mixtures chosen from hulls, empty otherwise.
+    where the set is sampled); 0 for means of one covariance. A box of variances is not convex, so its least drift may fall short of the divergence. ``weights`` and ``pre_weights`` are those of mixtures chosen from hulls, empty otherwise.
     """
 
     pre: Law
@@ -66,10 +66,15 @@ def least_favourable(
         divergence=found.divergence,
         margins=(below.value, above.value),
         standard_errors=(below.standard_error, above.standard_error),
-        gap=found.gap,
+        gap=found.gap if found.post_weights or found.pre_weights else _gap(found.divergence - above.value),
         weights=found.post_weights,
         pre_weights=found.pre_weights,
     )
+
+
+def _gap(loss: float) -> float:
+    """Of sets that no mixture stands for: what the least drift, verified over the whole set, falls short of the divergence by."""
+    return loss if loss > 1e-12 else 0.0
 
 
 def verified(

@@ -170,7 +170,7 @@ def _by_rule(points: Array, rule: str) -> Array:
         raise ValueError(f"bandwidth must be a number, 'scott' or 'silverman', got {rule!r}")
     num, size = len(points), 1 if points.ndim == 1 else points.shape[1]
     spread = points.std(axis=0, ddof=1) if num > 1 else np.zeros(points.shape[1:])
-    if not np.all(spread > 0):
+    if not np.all(spread > 1e-12 * np.abs(points).max()):
         raise ValueError(f"bandwidth cannot follow a rule where points do not vary (standard deviations {spread}); pass a number")
     factor = 1.0 if rule == "scott" else (4.0 / (size + 2.0)) ** (1.0 / (size + 4.0))
     return np.asarray(factor * spread * num ** (-1.0 / (size + 4.0)))

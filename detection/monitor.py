@@ -48,8 +48,8 @@ class Monitor:
     """
 
     def __init__(self, detector: Detector[Any], *, calibration: int = 0, transform: NormalScores | None = None) -> None:
-        if calibration < 0:
-            raise ValueError(f"calibration must be a number of updates, 0 or more, got {calibration!r}")
+        if calibration < 0 or calibration == 1:
+            raise ValueError(f"calibration must be a number of updates, 0 for none or at least 2, got {calibration!r}")
         if transform is not None and calibration == 0:
             raise ValueError("transform needs a learning phase: pass calibration, the number of updates it may learn from")
         self.detector = detector

@@ -52,7 +52,7 @@ class NormalScores:
         losses, observed = _matrix(losses, observed)
         _check_values(losses, observed, self.scale)
         floor = _floor(losses[observed]) if self.scale == "log" else 0.0
-        y = _transformed(losses, floor, self.scale)
+        y = _transformed(np.where(observed, losses, 1.0), floor, self.scale)
         location, deviation, down = _moments(y, observed, robust=self.robust)
         counts = observed.sum(axis=1)
         prior = _prior(location, deviation, counts)
@@ -164,7 +164,7 @@ class FittedScores:
         if len(losses) != rows.sum():
             raise ValueError(f"losses must have one row for each of the {int(rows.sum())} clients in rows, got shape {losses.shape}")
         _check_values(losses, observed, self.config.scale)
-        y = _transformed(losses, self.floor, self.config.scale)
+        y = _transformed(np.where(observed, losses, 1.0), self.floor, self.config.scale)
         location, deviation, down = _moments(y, observed, robust=self.config.robust)
         counts = observed.sum(axis=1)
         location, deviation = self.prior.shrunk_unless_contradicted(location, deviation, counts)

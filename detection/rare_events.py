@@ -70,7 +70,11 @@ def split_run_length(
     standard error is that of ``repeats`` estimates. Raises ``ValueError`` where no run gets beyond a level.
     """
     height = detector.threshold if threshold is None else threshold
+    if height <= 0:
+        raise ValueError(f"threshold must be positive, got {height!r}")
     shares = [_split(detector, law, rng, particles, horizon, height) for _ in range(repeats)]
+    if min(shares) <= 0 or max(shares) > 0.9:
+        raise ValueError(f"{max(shares):.0%} of the runs alarm within horizon={horizon} ticks: this is not rare, shorten the horizon")
     lengths = [-horizon / log1p(-share) for share in shares]
     rates = 1.0 / np.array(lengths)  # the estimate of the probability is unbiased, that of its inverse is not
     arl = 1.0 / float(rates.mean())

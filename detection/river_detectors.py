@@ -7,7 +7,7 @@ river keeps one mutable Python object for one stream. ``RiverDetector`` makes a 
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,6 +52,10 @@ class RiverDetector(Detector[RiverState]):
             raise ValueError(f"prototype must be a detector of river.drift, such as ADWIN(), got {self.prototype!r}")
         if self.threshold not in (0.5, 1.0):
             raise ValueError(f"threshold must be 1.0 (river detects drift) or 0.5 (or warns), got {self.threshold!r}")
+
+    def without_alarms(self) -> Self:
+        """Itself: river's verdict does not depend on a threshold."""
+        return self
 
     def statistic(self, state: RiverState) -> Array:
         """1 for drift, 0.5 for a warning, else 0 (N,)."""

@@ -15,17 +15,18 @@ from detection.increment import Increment, Quadratic, QuadraticForm
 from detection.laws import Array, Gaussian, Law
 from detection.multiplier import gaussian
 
-_STATES, _COARSE = 400, 100
+_STATES, _COARSE, _MOST = 400, 100, 1600
 _CELLS = 8  # of a lattice step, where the increment is curved
 _BEYOND = 1e12  # the chain's linear system keeps about four digits up to here
 
 
-def exact_run_length(increment: Increment, law: Law, threshold: float, *, states: int = _STATES) -> float:
+def exact_run_length(increment: Increment, law: Law, threshold: float, *, states: int | None = None) -> float:
     """Mean number of independent observations from ``law`` until the statistic, started at 0, reaches ``threshold``.
 
     The run length in control, or the mean delay ``T - nu + 1`` under a changed law. ``inf`` beyond 1e12. The clip's atoms are exact
     up to the lattice. Raises ``ValueError`` where the increment's distribution is not known.
     """
+    states = _enough(increment, law, threshold) if states is None else states
     chain = _chain(increment, law, threshold, states)
     try:
         run_length = float(np.linalg.solve(np.eye(states) - chain, np.ones(states))[0])
@@ -126,8 +127,8 @@ def exact_threshold(increment: Increment, laws: Sequence[Law], arl: float) -> fl
     ``increment`` must have ``E exp(z) <= 1`` under each, so that ``log(arl)`` is enough; that floor is returned, with a warning, for
     ``arl`` above 1e12, where the chain is ill-conditioned. Raises ``ValueError`` for ``arl < 2``.
     """
-    if not arl >= 2:
-        raise ValueError(f"arl must be at least 2 ticks, got {arl!r}")
+    if not 2 <= arl < inf:
+        raise ValueError(f"arl must be at least 2 ticks, and finite, got {arl!r}")
     if arl > _BEYOND:
         warnings.warn(f"arl={arl:.3g} is beyond the exact chain (1e12); using the safe threshold log(arl)", RuntimeWarning, stacklevel=2)
         return log(arl)
@@ -163,7 +164,7 @@ def _root(increment: Increment, law: Law, arl: float) -> float:
     from scipy.optimize import brentq
 
     @cache
-    def excess(threshold: float, states: int = _STATES) -> float:
+    def excess(threshold: float, states: int | None = None) -> float:
         return log(min(exact_run_length(increment, law, threshold, states=states), 10 * _BEYOND) / arl)
 
     low, high = 1e-3 * log(arl), log(arl)
@@ -178,6 +179,13 @@ def _root(increment: Increment, law: Law, arl: float) -> float:
     while excess(near + above) < 0:
         above *= 4
     return float(brentq(excess, max(near - below, low), near + above, xtol=1e-7)) + 2e-7
+
+
+def _enough(increment: Increment, law: Law, threshold: float) -> int:
+    """States for a lattice of an eighth of the increment's deviation: rounding to it adds a twelfth of a step's square to the variance."""
+    scalar, own = _on_the_line(increment, law)
+    deviation = abs(scalar.slope) * float(np.sqrt(own.variance))  # type: ignore[arg-type]
+    return _STATES if scalar.curvature or deviation == 0 else int(np.clip(8 * threshold / deviation, _STATES, _MOST))
 
 
 def _chain(increment: Increment, law: Law, threshold: float, states: int) -> Array:

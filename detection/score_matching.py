@@ -135,7 +135,7 @@ def _checked(data: ArrayLike) -> Array:
     if x.ndim not in (1, 2) or len(x) < 2 or x.size == 0 or not np.isfinite(x).all():
         raise ValueError(f"data must be at least two finite observations (n,) or (n, d), got shape {x.shape}")
     x = x.reshape(len(x), -1)
-    constant = np.flatnonzero(~(x.std(axis=0) > 0))
+    constant = np.flatnonzero(~(x.std(axis=0) > 1e-12 * np.abs(x).max(axis=0)))
     if constant.size:
         raise ValueError(f"data must vary in every coordinate, got a constant in {constant.tolist()}")
     return x

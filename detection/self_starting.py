@@ -4,7 +4,7 @@ For independent Gaussian values the scores are exactly independent N(0, 1) from 
 A change soon after the start is learned as normal: 200 quiet values are nearly as good as a known law, none lose most of the power.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import scipy
@@ -92,10 +92,11 @@ class SelfStarting:
 
 @dataclass(frozen=True, eq=False)
 class SelfStartedState:
-    """What each stream has learned, and the statistic of its scores; ``learn`` (N,) says whether its last value was learned."""
+    """What each stream has learned, the statistic of its scores, and how many values were ``unscored`` (N,) while it warmed up."""
 
     moments: Moments
     inner: DetectorState
+    unscored: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -126,17 +127,18 @@ class SelfStarted(Detector[SelfStartedState]):
         return self.detector.statistic(state.inner)
 
     def changed_at(self, state: SelfStartedState) -> Ticks:
-        """As for ``detector``; no earlier than the first scored value."""
-        return np.maximum(self.detector.changed_at(state.inner), self.scores.warm + 1)
+        """As for ``detector``, counted from the stream's first value; no earlier than the first scored one."""
+        return np.asarray(np.maximum(self.detector.changed_at(state.inner) + state.unscored, self.scores.warm + 1))
 
     def _fresh(self, streams: int) -> SelfStartedState:
-        return SelfStartedState(self.scores.init(streams), self.detector.init(streams))
+        return SelfStartedState(self.scores.init(streams), self.detector.init(streams), np.zeros(streams, np.int64))
 
     def _next(self, state: SelfStartedState, x: Array) -> SelfStartedState:
         x = _line(x, len(state))
-        inner = self.detector.step(state.inner, self.scores.score(state.moments, x))
+        warm = state.moments.count >= self.scores.warm
+        inner = self.detector.step(state.inner, self.scores.score(state.moments, x), warm)
         quiet = (self.detector.statistic(inner) < self.threshold) & np.isfinite(x)
-        return replace(state, inner=inner, moments=_learned(state.moments, np.where(quiet, x, 0.0), quiet))
+        return SelfStartedState(_learned(state.moments, np.where(quiet, x, 0.0), quiet), inner, state.unscored + ~warm)
 
 
 def _line(x: ArrayLike, streams: int) -> Array:

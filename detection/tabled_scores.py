@@ -85,6 +85,11 @@ class Table:
         """``multiplier`` times the values."""
         return replace(self, values=multiplier * self.values, top=multiplier * self.top)
 
+    @property
+    def streams(self) -> int:
+        """Number of streams."""
+        return len(self.gain)
+
     def at(self, rows: slice) -> "Table":
         """That of the streams ``rows``."""
         return replace(self, gain=self.gain[rows], shift=self.shift[rows])

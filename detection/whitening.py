@@ -94,9 +94,10 @@ class PreconditionedDifference:
         """Increments of ``x`` (n,) or (n, d)."""
         x = np.asarray(x, dtype=np.float64) if self.clip is None else np.clip(np.asarray(x, dtype=np.float64), -self.clip, self.clip)
         weights = np.asarray(self.matrix).ravel()
-        flat = score_matrices(self.pre, self.post, x).reshape(len(x), -1)
-        z: Array = (flat * weights).sum(axis=-1)
-        return self.multiplier * (z + self.offset)
+        shape = x.shape[:-1] if getattr(self.pre, "dimension", 0) else x.shape
+        rows = x.reshape(-1, x.shape[-1]) if getattr(self.pre, "dimension", 0) else x.reshape(-1)
+        z: Array = (score_matrices(self.pre, self.post, rows).reshape(len(rows), -1) * weights).sum(axis=-1)
+        return self.multiplier * (z.reshape(shape) + self.offset)
 
     def scaled(self, multiplier: float) -> "PreconditionedDifference":
         """``multiplier * z``."""

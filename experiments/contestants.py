@@ -9,9 +9,15 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from river.drift import ADWIN, KSWIN
-from river.drift import PageHinkley as RiverPageHinkley
-from river.drift.binary import DDM, HDDMA, HDDMW
+
+try:
+    from river.drift import ADWIN, KSWIN
+    from river.drift import PageHinkley as RiverPageHinkley
+    from river.drift.binary import DDM, HDDMA, HDDMW
+except ImportError as error:
+    from experiments.study import Skipped
+
+    raise Skipped("river is not installed: pip install 'fedsim[streams]'") from error
 
 from detection import CUSUM, Gaussian, RobustScoreCUSUM, ScoreCUSUM, Singleton, average_run_length, confidence_box, default_post
 from detection.bank import Bank
@@ -43,7 +49,7 @@ class Sample:
         return cls({name: x[:history] for name, x in whole.items()}, {name: x[history:] for name, x in whole.items()})
 
     def __len__(self) -> int:
-        return next(iter(self.signals.values())).shape[1]
+        return int(next(iter(self.signals.values())).shape[1])
 
     def first(self, streams: int) -> "Sample":
         """The first ``streams`` of them."""
@@ -93,8 +99,8 @@ class Batched:
 
     def level(self, calm: Sample, arl: float) -> float:
         peaks = self._peaks(calm)
-        low, high = 0.0, float(peaks.max())
-        while high - low > 1e-6 * high:
+        low, high = 0.0, max(float(peaks.max()), 1e-300)
+        while high - low > 1e-6 * max(high, 1e-6):
             middle = 0.5 * (low + high)
             low, high = (low, middle) if run_length(_crossings(peaks, middle), len(peaks)) >= arl else (middle, high)
         return high
@@ -167,6 +173,7 @@ class Objects:
     span: tuple[float, float]
     signal: str = "scores"
     fixed: float | None = None
+    learns: bool = False
     ours: bool = False
     streams: float = 60
 
@@ -181,7 +188,10 @@ class Objects:
         return high
 
     def alarms(self, sample: Sample, level: float) -> Array:
-        return river_first_alarms(self.make(level), sample.signals[self.signal])
+        if not self.learns:
+            return river_first_alarms(self.make(level), sample.signals[self.signal])
+        pairs = zip(sample.history[self.signal].T.tolist(), sample.signals[self.signal].T.tolist(), strict=True)
+        return np.array([_first_after(self.make(level), history, values) for history, values in pairs])
 
     def seconds(self) -> float:
         rng, detector, num = rng_for(0, "timing"), self.make(self.span[1]), 3_000
@@ -221,6 +231,17 @@ class KolmogorovSmirnov(Batched):
 
     def _peaks(self, sample: Sample) -> Array:
         return np.maximum.accumulate(kolmogorov_smirnov(sample.signals[self.signal]), axis=0)
+
+
+def _first_after(detector: DriftDetector, history: list[float], values: list[float]) -> float:
+    """First alarm among ``values``, after a history whose alarms do not count."""
+    for value in history:
+        detector.update(value)
+    for tick, value in enumerate(values, start=1):
+        detector.update(value)
+        if detector.drift_detected:
+            return float(tick)
+    return nan
 
 
 def kolmogorov_smirnov(x: Array, window: int = 100, recent: int = 30) -> Array:
@@ -269,25 +290,38 @@ def _rivers() -> tuple[Batched | Objects, ...]:
     def adwin(level: float) -> DriftDetector:
         return ADWIN(delta=exp(-level))
 
+    def every_value(level: float) -> DriftDetector:
+        return ADWIN(delta=exp(-level), clock=1)
+
     def page_hinkley(level: float) -> DriftDetector:
         return RiverPageHinkley(threshold=level)
+
+    def rises(level: float) -> DriftDetector:
+        return RiverPageHinkley(threshold=level, delta=0.5, mode="up")
 
     errors: dict[str, tuple[Callable[[float], DriftDetector], tuple[float, float], float]] = {
         "DDM": (lambda level: DDM(drift_threshold=level), (0.0, 12.0), 3.0),
         "HDDM-A": (lambda level: HDDMA(drift_confidence=exp(-level)), (0.0, 20.0), -float(np.log(0.001))),
         "HDDM-W": (lambda level: HDDMW(drift_confidence=exp(-level)), (0.0, 20.0), -float(np.log(0.001))),
     }
+    few = {"DDM": 60, "HDDM-A": 30, "HDDM-W": 30}
     levels = {"ADWIN": -float(np.log(0.002)), "KSWIN": -float(np.log(0.005)), "Page-Hinkley": 50.0}
     return (
         Objects(name="river ADWIN", make=adwin, span=(-2.0, 12.0)),
+        Objects(name="river ADWIN, at every value, after the history", make=every_value, span=(-2.0, 12.0), learns=True, streams=40),
         Objects(name="river ADWIN, as shipped", make=adwin, span=(0.0, 20.0), fixed=levels["ADWIN"]),
         KolmogorovSmirnov(),
         KolmogorovSmirnov(name="river KSWIN, as shipped", fixed=levels["KSWIN"]),
         Objects(name="river Page-Hinkley", make=page_hinkley, span=(0.0, 100.0)),
+        Objects(name="river Page-Hinkley, for rises of 1", make=rises, span=(0.0, 100.0)),
+        Objects(name="river Page-Hinkley, for rises of 1, treated", make=rises, span=(0.0, 100.0), signal="treated"),
         Objects(name="river Page-Hinkley, as shipped", make=page_hinkley, span=(0.0, 100.0), fixed=levels["Page-Hinkley"]),
-        *(Objects(name=f"river {name}", make=make, span=span, signal="errors") for name, (make, span, _) in errors.items()),
         *(
-            Objects(name=f"river {name}, as shipped", make=make, span=span, signal="errors", fixed=level)
+            Objects(name=f"river {name}", make=make, span=span, signal="errors", streams=few[name])
+            for name, (make, span, _) in errors.items()
+        ),
+        *(
+            Objects(name=f"river {name}, as shipped", make=make, span=span, signal="errors", streams=few[name], fixed=level)
             for name, (make, span, level) in errors.items()
         ),
     )

@@ -85,7 +85,12 @@ class Monitoring:
         )
 
     def step(self, state: MonitorState, losses: Floats, active: Flags) -> tuple[MonitorState, Flags]:
-        """Take in the fleet's losses (C,) of one tick; alarms (C,) among the ``active`` clients whose law stands."""
+        """Take in the fleet's losses (C,) of one tick; alarms (C,) among the ``active`` clients whose law stands.
+
+        An infinite loss is an alarm whether it stands or not, and is never learnt. Raises ``ValueError`` for ``nan``, naming the client.
+        """
+        if np.isnan(losses[active]).any():
+            raise ValueError(f"the loss of client {int(np.flatnonzero(active & np.isnan(losses))[0])} at tick {state.tick} is nan")
         watched = active & self.watched(state)
         detector = state.detector
         if state.scores is not None and watched.any():
@@ -96,7 +101,8 @@ class Monitoring:
         state = replace(
             state, tick=state.tick + 1, detector=detector, seen=state.seen + active, quiet_at=np.where(active, quiet_at, state.quiet_at)
         )
-        return self._learn(state, losses, active & (state.filled < state.needed)), alarms
+        broken = active & np.isposinf(losses)
+        return self._learn(state, losses, active & ~broken & (state.filled < state.needed)), alarms | broken
 
     def watched(self, state: MonitorState) -> Flags:
         """Clients (C,) whose in-control law stands, so that they can alarm."""

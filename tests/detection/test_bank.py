@@ -112,7 +112,7 @@ def test_an_infinite_observation_needs_every_member_to_take_it():
     bank = Bank.of_shifts(clip=4.0)
     assert_array_equal(bank.statistic(bank.step(bank.init(1), [np.inf])), bank.statistic(bank.step(bank.init(1), [4.0])))
     mixed = Bank(members=(cusum(1.0, clip=4.0), cusum(0.5)), threshold=5.0)
-    for detector in (mixed, TwoSided(cusum(1.0, clip=4.0), threshold=5.0)):
+    for detector in (mixed, TwoSided(cusum(1.0), threshold=5.0)):
         with pytest.raises(ValueError, match="not allowed, the first is stream 1"):
             detector.step(detector.init(2), [0.0, np.inf])
 
@@ -120,3 +120,14 @@ def test_an_infinite_observation_needs_every_member_to_take_it():
 def test_an_empty_bank_is_refused():
     with pytest.raises(ValueError, match="members"):
         Bank(members=(), threshold=5.0)
+
+
+def test_both_sides_take_an_infinite_loss_where_they_clip():
+    from detection import CUSUM, Gaussian, TwoSided
+
+    bank = TwoSided(CUSUM(pre=Gaussian(0.0, 1.0), post=Gaussian(1.0, 1.0), threshold=5.0, clip=4.0), threshold=5.0)
+    state = bank.init(1)
+    for _ in range(2):
+        state = bank.step(state, np.array([np.inf]))
+    assert bank.alarms(state)[0]
+    assert bank.leader(state)[0] == 0

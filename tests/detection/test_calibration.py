@@ -10,6 +10,8 @@ from detection import (
     PageHinkley,
     RunLengths,
     ScoreCUSUM,
+    SelfStarted,
+    SelfStarting,
     Singleton,
     WindowGLR,
     block_bootstrap,
@@ -250,3 +252,21 @@ def test_statistics_that_are_no_numbers_or_never_rise_are_refused():
         calibrated(Odd(pre=NULL, post=SHIFTED, threshold=1.0, before=np.nan), NULL, arl=20, rng=np.random.default_rng(0), paths=100)
     with pytest.raises(ValueError, match="rises above 0, got at most -inf"):
         calibrated(Odd(pre=NULL, post=SHIFTED, threshold=1.0), NULL, arl=20, rng=np.random.default_rng(0), paths=100, horizon=50)
+
+
+def test_a_target_below_the_shortest_run_length_gives_the_least_threshold_and_ends():
+    sure = CUSUM(pre=NULL, post=Gaussian(3.0, 1.0), threshold=3.0)
+    found = calibration(sure, NULL, arl=10, rng=np.random.default_rng(0), paths=200, horizon=200)
+    assert 0 < found.threshold < 1e-6
+    assert found.arl > 10
+
+
+def test_a_detector_that_learns_until_it_alarms_is_calibrated_the_same_from_any_threshold():
+    """Its statistic depends on its threshold after an alarm, never before."""
+    found = [
+        calibrated(
+            SelfStarted(threshold=b, detector=ANY[3], scores=SelfStarting(warm=30)), NULL, arl=200, rng=np.random.default_rng(1), paths=400
+        ).threshold
+        for b in (0.5, 4.0, 100.0)
+    ]
+    assert found[0] == found[1] == found[2]

@@ -241,3 +241,19 @@ def test_the_confidence_box_holds_the_errors_of_calibration():
 def test_impossible_sets_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_no_member_of_a_random_box_drifts_by_less_than_the_certificate_says():
+    rng, fitted = np.random.default_rng(5), 0
+    while fitted < 40:
+        low, high = np.sort(rng.uniform(0.2, 3.0, (2, 2)), axis=1)
+        pre = GaussianBox(mean=(-0.1, 0.1), variance=(low[0], low[1]))
+        post = GaussianBox(mean=(1.2, 1.2 + rng.uniform(0, 1)), variance=(high[0], high[1]))
+        try:
+            pair = least_favourable(pre, post)
+        except ValueError:
+            continue
+        fitted += 1
+        drift = score_increment(pair.pre, pair.post).mean
+        drifts = [drift(Gaussian(m, v)) for m in np.linspace(*post.mean, 7) for v in np.linspace(*post.variance, 7)]
+        assert min(drifts) >= pair.divergence - pair.gap - 1e-9

@@ -184,3 +184,15 @@ def test_exact_thresholds_keep_their_run_length_within_five_percent_when_simulat
         alarms += int(fired.sum())
         statistic[fired] = 0.0
     assert streams * ticks / alarms == pytest.approx(arl, rel=0.05)
+
+
+@pytest.mark.parametrize(("shift", "arl"), [(0.25, 1e9), (0.1, 1e6), (0.05, 1e4)])
+def test_small_shifts_keep_their_run_length_on_a_lattice_four_times_as_fine(shift, arl):
+    increment = likelihood_increment(NULL, Gaussian(shift, 1.0))
+    threshold = exact_threshold(increment, (NULL,), arl)
+    assert exact_run_length(increment, NULL, threshold, states=2400) == pytest.approx(arl, rel=0.03)
+
+
+def test_an_infinite_target_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        exact_threshold(REFERENCE, (NULL,), float("inf"))

@@ -141,7 +141,7 @@ def test_streams_are_independent_rows_and_idle_rows_keep_their_bits():
         alone = [detector.step(s, v, o) for s, v, o in zip(alone, values[:, None], on[:, None], strict=True)]
     assert_array_equal(detector.statistic(together), [detector.statistic(s)[0] for s in alone])
     assert_array_equal(together.moments.square, [s.moments.square[0] for s in alone])
-    assert_array_equal(together.inner.clock, active.sum(axis=0))
+    assert_array_equal(together.inner.clock + together.unscored, active.sum(axis=0))
 
 
 @pytest.mark.parametrize(
@@ -160,3 +160,19 @@ def test_streams_are_independent_rows_and_idle_rows_keep_their_bits():
 def test_bad_values_are_refused(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+def test_values_that_warm_up_are_no_evidence_and_changes_are_counted_from_the_first_value():
+    shrinking = CUSUM(pre=Gaussian(0.0, 1.0), post=Gaussian(0.0, 0.25), threshold=5.0)  # a score of 0 would speak for a change
+    detector = SelfStarted(threshold=5.0, detector=shrinking, scores=SelfStarting(warm=30))
+    rng, state = np.random.default_rng(0), detector.init(200)
+    for _ in range(30):
+        state = detector.step(state, rng.standard_normal(200))
+        assert (detector.statistic(state) == 0).all()
+    rising = SelfStarted(
+        threshold=6.0, detector=CUSUM(pre=Gaussian(0.0, 1.0), post=Gaussian(2.0, 1.0), threshold=6.0), scores=SelfStarting(warm=30)
+    )
+    state = rising.init(200)
+    for tick in range(1, 106):
+        state = rising.step(state, rng.standard_normal(200) + 3.0 * (tick > 100))
+    assert np.median(rising.changed_at(state)[rising.alarms(state)]) == 101

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from detection import Gaussian, NormalScores, ReflectedSum, ScoreCUSUM, Singleton, Standardised, score_increment
+from detection import CUSUM, Gaussian, NormalScores, Quartic, ReflectedSum, ScoreCUSUM, Singleton, Standardised, score_increment
 from detection.increment import StreamwiseLine
 from detection.laws import GaussianStreams
 from detection.states import to_bytes
@@ -134,3 +134,24 @@ def test_hopelessly_large_losses_are_the_top_of_the_table(tabled):
     row = losses[:, 0].copy()
     row[0] = 1e300
     assert scores.transform(row)[0] == pytest.approx(scores.fitted.transform(row)[0], abs=scores.bound)
+
+
+def test_one_law_a_stream_needs_as_many_streams_as_laws_in_every_block_and_detector():
+    level = np.linspace(0.0, 9.0, 70_000)
+    pre, post = GaussianStreams(level, np.ones(70_000)), GaussianStreams(level + 1, np.ones(70_000))
+    for detector in (ScoreCUSUM(pre=pre, post=post, multiplier=1.0, threshold=5.0), CUSUM(pre=pre, post=post, threshold=5.0)):
+        assert_allclose(detector.step(detector.init(70_000), level + 1).statistic, 0.5, rtol=0, atol=1e-9)
+        with pytest.raises(ValueError, match="each of 70000 streams, got a state of 2"):
+            detector.step(detector.init(2), np.zeros(2))
+
+
+def test_observations_of_another_shape_than_the_laws_are_refused():
+    detector = ScoreCUSUM(pre=Quartic(1.0, 2), post=Quartic(0.2, 2), multiplier=0.5, threshold=5.0)
+    with pytest.raises(ValueError, match="shape"):
+        detector.step(detector.init(2), np.array([1.0, 1.5]))
+
+
+def test_an_observation_whose_scores_overflow_is_refused_and_never_taken_for_quiet():
+    detector = ScoreCUSUM(pre=Quartic(1.0, 2), post=Quartic(0.5, 2), multiplier=0.1, threshold=5.0)
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match="overflow, the first is stream 1"):
+        detector.step(detector.init(2), np.array([[1.0, 1.0], [1e200, 1.0]]))

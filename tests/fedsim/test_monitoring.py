@@ -114,3 +114,17 @@ def test_fields_out_of_range_are_named(options, message):
 def test_a_shift_that_calibration_cannot_tell_is_refused():
     with pytest.raises(ValueError, match="harm must exceed every pre-change mean"):
         _ = fs.Monitoring(shift=0.2, recalibration=20).fitted
+
+
+def test_an_infinite_loss_alarms_while_the_law_is_still_learnt_and_is_not_learnt():
+    monitoring = fs.Monitoring(calibration=10, recalibration=10)
+    state, losses = monitoring.init(3), np.array([0.5, 0.6, 0.7])
+    rng = np.random.default_rng(0)
+    for tick in range(12):
+        noisy = losses * rng.lognormal(0, 0.3, 3)
+        noisy[1] = np.inf if tick == 4 else noisy[1]
+        state, alarms = monitoring.step(state, noisy, np.ones(3, bool))
+        assert alarms.tolist() == [False, tick == 4, False]
+    assert monitoring.watched(state).all()
+    with pytest.raises(ValueError, match="client 2 at tick 12 is nan"):
+        monitoring.step(state, np.array([0.5, 0.6, np.nan]), np.ones(3, bool))
