@@ -32,7 +32,7 @@ from experiments.prequential import (
 )
 from experiments.study import Claim, Skipped, main, save_figure
 from fedsim.randomness import rng_for
-from fedsim.runs.style import BLUE, GREY, MARKERS, ORANGE, WIDE, figure, styled
+from fedsim.runs.style import BLUE, GREY, MARKERS, MUTED, ORANGE, WIDE, figure, styled
 from fedsim.runs.text import aligned, number, share
 
 Array = NDArray[np.float64]
@@ -281,13 +281,16 @@ def draw(scores: Scores, sources: Sequence[str], field: Sequence[Batched | Objec
             if score is not None:
                 colour = BLUE if one.ours else GREY if "shipped" in one.name else ORANGE
                 axis.errorbar(score.delay, row, xerr=2 * score.error, fmt=MARKERS[0], color=colour, markersize=3.5, capsize=1.5)
-        axis.set(title=source, xscale="log", xlim=(2, 1.3 * AFTER), yticks=range(len(names)), yticklabels=names)
+        axis.set(xscale="log", xlim=(2, 1.3 * AFTER), yticks=range(len(names)), yticklabels=names)
         axis.set_xticks([5, 50, 400], ["5", "50", "400"])
         axis.minorticks_off()
         axis.grid(axis="x")
-    axes[0].invert_yaxis()
-    axes[len(sources) // 2].set_xlabel(
-        f"delay, observations (missed counts as {AFTER}); blue ours, orange river's at the same false alarms, grey as shipped"
+        axis.set_title(source, fontsize=7.5)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    drawn.supxlabel(
+        f"delay, observations, missed as {AFTER}; blue: ours, orange: river's at equal false alarms, grey: as shipped",
+        fontsize=8,
+        color=MUTED,
     )
     save_figure(drawn, path)
 
