@@ -18,6 +18,7 @@ from detection.laws import Array, Law
 from detection.run_length import exact_threshold
 
 METHODS = ("exact", "simulate", "bootstrap", "floor")
+_LONGEST_RISE = 100  # ticks
 D = TypeVar("D", bound=Detector[Any])
 
 
@@ -53,9 +54,10 @@ def threshold_for(
     if method == "bootstrap":
         if streams is None:
             raise ValueError("method='bootstrap' resamples in-control observations: pass streams (S, L)")
-        return RunLengths.of(increment(block_bootstrap(streams, paths, horizon, rng))).threshold(arl, certified=certified)
+        runs = RunLengths.of(increment(block_bootstrap(streams, paths, horizon, rng)), _rise(arl, horizon))
+        return runs.threshold(arl, certified=certified)
     simulated = (increment(law.sample(rng, paths * horizon)).reshape(paths, horizon) for law in laws)
-    return max(RunLengths.of(z).threshold(arl, certified=certified) for z in simulated)
+    return max(RunLengths.of(z, _rise(arl, horizon)).threshold(arl, certified=certified) for z in simulated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +114,9 @@ def calibration(
     ``source`` is the law in control, or in-control streams (S, L) or (S, L, d), which are resampled in blocks of mean length ``block`` (see
     :func:`block_bootstrap`), so that dependence between neighbours survives. ``paths`` runs of ``horizon`` ticks (by default 1,000, or
     what ``arl`` needs) are watched once without restart. Runs that end without an alarm are censored: the tail of a run length is taken
-    to be exponential. ``certified`` aims the lower 95 % end of the estimate at ``arl`` (the upper end, at ``probability``), so that the
-    promise holds with that confidence. Raises ``ValueError`` unless exactly one target is given, and where the runs are too short for it.
+    to be exponential once the statistic has had time to rise from its start (100 ticks, or less where ``horizon`` or ``arl`` are short).
+    ``certified`` aims the lower 95 % end of the estimate at ``arl`` (the upper end, at ``probability``), so that the promise holds with
+    that confidence. Raises ``ValueError`` unless exactly one target is given, and where the runs are too short for it.
     """
     if (arl is None) == (false_alarm is None):
         raise ValueError(f"give one target, arl or false_alarm, got arl={arl!r} and false_alarm={false_alarm!r}")
@@ -124,7 +127,8 @@ def calibration(
     elif horizon is None:
         assert arl is not None
         horizon = max(1000, int(np.ceil(5 * arl / paths)))
-    runs = RunLengths.of_detector(detector, _observations(source, paths, horizon, rng, block))
+    rise = 0 if arl is None else _rise(arl, horizon)
+    runs = RunLengths.of_detector(detector, _observations(source, paths, horizon, rng, block), rise)
     if arl is not None:
         threshold = runs.threshold(arl, certified=certified)
     else:
@@ -132,7 +136,7 @@ def calibration(
         threshold = runs.threshold_for_probability(false_alarm[0], certified=certified)
     ticks, alarms = runs.counts(threshold)
     return Calibration(
-        threshold=threshold, arl=ticks / alarms if alarms else inf, interval=runs.interval(threshold), ticks=ticks, alarms=alarms
+        threshold=threshold, arl=runs.average(threshold) if alarms else inf, interval=runs.interval(threshold), ticks=ticks, alarms=alarms
     )
 
 
@@ -158,13 +162,15 @@ class RunLengths:
     """Run lengths at every threshold at once: ``maxima`` (paths, horizon) holds the running maximum of each statistic.
 
     A path that ends without an alarm is censored, not an alarm. A statistic restarted by alarms forgets its start, so its run length is
-    nearly exponential, and total ticks over alarms estimates its mean whatever the horizon.
+    nearly exponential, and total ticks over alarms estimates its mean whatever the horizon. While the statistic still rises from its start
+    alarms are rarer: the first ``rise`` ticks count for themselves, the tail is that of the runs quiet up to there.
     """
 
     maxima: Array
+    rise: int = 0
 
     @classmethod
-    def of(cls, increments: Array) -> "RunLengths":
+    def of(cls, increments: Array, rise: int = 0) -> "RunLengths":
         """From in-control increments (paths, horizon)."""
         statistic = np.zeros(len(increments))
         peak = np.zeros(len(increments))
@@ -173,10 +179,10 @@ class RunLengths:
             statistic = np.maximum(statistic + z, 0.0)
             peak = np.maximum(peak, statistic)
             maxima[:, tick] = peak
-        return cls(maxima)
+        return cls(maxima, rise)
 
     @classmethod
-    def of_detector(cls, detector: Detector[Any], observations: Array) -> "RunLengths":
+    def of_detector(cls, detector: Detector[Any], observations: Array, rise: int = 0) -> "RunLengths":
         """From in-control ``observations`` (paths, horizon) or (paths, horizon, d), by the steps of ``detector``.
 
         A statistic may be ``-inf`` while it warms up, and ``inf``, an alarm at any threshold. Raises ``ValueError`` where it is ``nan``.
@@ -190,25 +196,26 @@ class RunLengths:
             maxima[:, tick] = peak
         if np.isnan(peak).any():
             raise ValueError(f"the statistic of {detector!r} is nan in {int(np.isnan(peak).sum())} of {paths} runs in control")
-        return cls(maxima)
+        return cls(maxima, rise)
 
     def counts(self, threshold: float) -> tuple[int, int]:
-        """Ticks watched up to the alarm or the end, over all paths, and alarms."""
+        """Ticks watched after the rise up to the alarm or the end, over all paths, and alarms among them."""
         quiet = (self.maxima < threshold).sum(axis=1)
-        alarmed = quiet < self.maxima.shape[1]
-        return int(quiet.sum() + alarmed.sum()), int(alarmed.sum())
+        late = quiet[quiet >= self.rise]
+        alarmed = int((late < self.maxima.shape[1]).sum())
+        return int((late - self.rise).sum()) + alarmed, alarmed
 
     def average(self, threshold: float) -> float:
         """Estimated average run length; ``nan`` without an alarm."""
         ticks, alarms = self.counts(threshold)
-        return ticks / alarms if alarms else float("nan")
+        return self._whole(threshold, ticks / alarms) if alarms else float("nan")
 
     def certified(self, threshold: float, confidence: float = 0.95) -> float:
         """Lower confidence end of the average run length, ``2 ticks / chi2_{2 alarms + 2}``."""
         from scipy.special import gammaincinv
 
         ticks, alarms = self.counts(threshold)
-        return ticks / float(gammaincinv(alarms + 1, confidence))
+        return self._whole(threshold, ticks / float(gammaincinv(alarms + 1, confidence)))
 
     def interval(self, threshold: float, confidence: float = 0.95) -> tuple[float, float]:
         """Two-sided interval of the average run length; its upper end is ``inf`` without an alarm."""
@@ -216,8 +223,22 @@ class RunLengths:
 
         ticks, alarms = self.counts(threshold)
         tail = (1 - confidence) / 2
-        low = ticks / float(gammaincinv(alarms + 1, 1 - tail))
-        return low, ticks / float(gammaincinv(alarms, tail)) if alarms else inf
+        low = self._whole(threshold, ticks / float(gammaincinv(alarms + 1, 1 - tail)))
+        return low, self._whole(threshold, ticks / float(gammaincinv(alarms, tail))) if alarms else inf
+
+    def _highest_late(self) -> float:
+        """Highest threshold at which a run first alarms after the rise; 0 without one."""
+        last = self.maxima[:, -1]
+        late = np.isfinite(last) if self.rise == 0 else np.isfinite(last) & (last > self.maxima[:, self.rise - 1])
+        return max(float(np.max(last, where=late, initial=0.0)), 0.0)
+
+    def _whole(self, threshold: float, tail: float) -> float:
+        """Mean run length from the start, ``tail`` being that after the rise."""
+        if self.rise == 0:
+            return tail
+        quiet = (self.maxima[:, : self.rise] < threshold).sum(axis=1)
+        share = float((quiet == self.rise).mean())
+        return float(np.minimum(quiet + 1, self.rise).mean()) + share * tail
 
     def threshold_for_probability(self, probability: float, *, certified: bool = True, confidence: float = 0.95) -> float:
         """Least threshold at which a run alarms within its horizon with at most ``probability``.
@@ -248,7 +269,7 @@ class RunLengths:
             raise ValueError(
                 f"a threshold needs a statistic that rises above 0, got at most {highest:g} in {self.maxima.size} ticks in control"
             )
-        high = float(np.nextafter(highest, inf)) if certified else highest
+        high = float(np.nextafter(highest, inf)) if certified else self._highest_late()
         if not estimate(high) >= arl:
             watched = self.maxima.size
             raise ValueError(
@@ -261,6 +282,11 @@ class RunLengths:
             middle = 0.5 * (low + high)
             low, high = (low, middle) if estimate(middle) >= arl else (middle, high)
         return high
+
+
+def _rise(arl: float, horizon: int) -> int:
+    """Ticks left to the rise: so few against ``arl`` that hardly any run alarms among them, and half the horizon at most."""
+    return int(min(_LONGEST_RISE, horizon // 2, arl / 20))
 
 
 def block_bootstrap(streams: Array, paths: int, horizon: int, rng: np.random.Generator, block: float | None = None) -> Array:

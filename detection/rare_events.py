@@ -8,7 +8,7 @@ starts many runs afresh from where a few got halfway (Kahn and Harris 1951; Cero
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import log1p, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def tilted_run_length(
     for _ in range(_BATCHES):
         values = np.sort(detector.increment(law.sample(rng, _POOL)))
         parts.append(_estimate(values, np.full(_POOL, 1.0 / _POOL), height, rng, max(excursions // _BATCHES, 100)).arl)
-    return RareRunLength(arl=float(np.mean(parts)), standard_error=float(np.std(parts, ddof=1) / sqrt(_BATCHES)))
+    return _from_rates(1.0 / np.array(parts), 0.0)
 
 
 def split_run_length(
@@ -65,20 +65,36 @@ def split_run_length(
 ) -> RareRunLength:
     """Average run length of any ``detector`` under ``law``, by splitting its runs of ``horizon`` ticks at levels of the statistic.
 
-    Each level is what a quarter of the runs reach. The run length is taken to be exponential after ``horizon`` ticks are few against it:
-    ``ARL = -horizon / log(1 - P(alarm within horizon))``; take ``horizon`` long against the detector's memory and short against the ARL. The
-    standard error is that of ``repeats`` estimates. Raises ``ValueError`` where no run gets beyond a level.
+    Each level is what a quarter of the runs reach. The run length is taken to be exponential once the first quarter of ``horizon`` is over,
+    which is left to the statistic to rise from its start; take ``horizon`` long against four times the detector's memory and short against
+    the ARL. The standard error is that of ``repeats`` estimates. Raises ``ValueError`` where no run gets beyond a level, for a horizon
+    below 4 and for fewer than 2 repeats.
     """
+    if horizon < 4 or repeats < 2:
+        raise ValueError(f"horizon must be at least 4 ticks and repeats at least 2, got {horizon!r} and {repeats!r}")
     height = detector.threshold if threshold is None else threshold
     if height <= 0:
         raise ValueError(f"threshold must be positive, got {height!r}")
-    shares = [_split(detector, law, rng, particles, horizon, height) for _ in range(repeats)]
-    if min(shares) <= 0 or max(shares) > 0.9:
-        raise ValueError(f"{max(shares):.0%} of the runs alarm within horizon={horizon} ticks: this is not rare, shorten the horizon")
-    lengths = [-horizon / log1p(-share) for share in shares]
-    rates = 1.0 / np.array(lengths)  # the estimate of the probability is unbiased, that of its inverse is not
-    arl = 1.0 / float(rates.mean())
-    return RareRunLength(arl=arl, standard_error=float(arl * rates.std(ddof=1) / (sqrt(repeats) * rates.mean())))
+    start = horizon // 4
+    shares = np.array([_split(detector, law, rng, particles, horizon, height, start) for _ in range(repeats)])
+    share = float(shares.sum(axis=1).max())
+    if share > 0.9:
+        raise ValueError(f"{share:.0%} of the runs alarm within horizon={horizon} ticks: this is not rare, shorten the horizon")
+    if not shares[:, 1].any():
+        raise ValueError(f"no run alarmed after its first {start} ticks: use more particles or a longer horizon")
+    early = float(shares[:, 0].mean())
+    return _from_rates(-np.log1p(-shares[:, 1] / (1.0 - early)) / (horizon - start), early, start)
+
+
+def _from_rates(rates: Array, early: float, start: int = 0) -> RareRunLength:
+    """From estimated alarms per tick after ``start``, before which a share ``early`` of runs alarms.
+
+    The rates are averaged, not the run lengths: an estimated rate is nearly unbiased, its inverse is not.
+    """
+    rate = float(rates.mean())
+    arl = start * (1.0 - early / 2.0) + (1.0 - early) / rate
+    error = float(rates.std(ddof=1)) / (sqrt(len(rates)) * rate)
+    return RareRunLength(arl=arl, standard_error=arl * error)
 
 
 def _estimate(values: Array, weights: Array, height: float, rng: np.random.Generator, excursions: int) -> RareRunLength:
@@ -145,8 +161,10 @@ def _drawn(values: Array, weights: Array) -> Draw:
     return lambda rng, num: values[np.searchsorted(total, rng.random(num), side="right").clip(max=len(values) - 1)]
 
 
-def _split(detector: Detector[Any], law: Law, rng: np.random.Generator, particles: int, horizon: int, height: float) -> float:
-    """Probability of reaching ``height`` within ``horizon`` ticks."""
+def _split(
+    detector: Detector[Any], law: Law, rng: np.random.Generator, particles: int, horizon: int, height: float, start: int
+) -> tuple[float, float]:
+    """Probabilities of reaching ``height`` first within ``start`` ticks, and after them but within ``horizon``."""
     state, clock, chance, level = detector.init(particles), np.zeros(particles, np.int64), 1.0, -np.inf
     while True:
         highest = _highest(detector, state, clock, law, rng, horizon)
@@ -154,11 +172,12 @@ def _split(detector: Detector[Any], law: Law, rng: np.random.Generator, particle
         if target <= level:
             raise ValueError(f"no run got beyond the level {level:.4g} of {height:.4g}: use more particles or a longer horizon")
         state, clock, reached = _first_at(detector, state, clock, law, rng, horizon, target)
-        chance *= reached.mean()
         if not reached.any():
             raise ValueError(f"no run of {particles} got from the level {level:.4g} to {target:.4g}: use more particles")
         if target >= height:
-            return float(chance)
+            early = reached & (clock <= start)
+            return chance * float(early.mean()), chance * float((reached & ~early).mean())
+        chance *= float(reached.mean())
         chosen = rng.choice(np.flatnonzero(reached), size=particles)
         state, clock, level = take(state, chosen), clock[chosen], target
 

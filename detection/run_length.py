@@ -17,6 +17,7 @@ from detection.multiplier import gaussian
 
 _STATES, _COARSE, _MOST = 400, 100, 1600
 _CELLS = 8  # of a lattice step, where the increment is curved
+_SETTLED = 1e-9  # relative change of the hazard in a tick at which the chain has forgotten its start
 _BEYOND = 1e12  # the chain's linear system keeps about four digits up to here
 
 
@@ -38,16 +39,23 @@ def exact_run_length(increment: Increment, law: Law, threshold: float, *, states
 def run_length_distribution(increment: Increment, law: Law, threshold: float, horizon: int, *, states: int = _STATES) -> Array:
     """``P(T <= t)`` for ``t = 1 .. horizon``, (horizon,): the run length in control, or the delay under a changed law, from a statistic at 0.
 
-    Raises ``ValueError`` as :func:`exact_run_length` does, and for a horizon below 1.
+    The chain is stepped until its hazard has settled; from there on the run length is geometric. Raises ``ValueError`` as
+    :func:`exact_run_length` does, and for a horizon below 1.
     """
     if horizon < 1:
         raise ValueError(f"horizon must be at least 1 tick, got {horizon!r}")
     chain = _chain(increment, law, threshold, states)
-    quiet, place = np.empty(horizon), np.eye(1, states)[0]
+    alarm = np.clip(1.0 - chain.sum(axis=1), 0.0, 1.0)
+    hazards, place = np.empty(horizon), np.eye(1, states)[0]
     for tick in range(horizon):
+        hazards[tick] = place @ alarm
+        if hazards[tick] >= 1.0 or (tick and abs(hazards[tick] - hazards[tick - 1]) <= _SETTLED * hazards[tick]):
+            hazards[tick:] = hazards[tick]
+            break
         place = place @ chain
-        quiet[tick] = place.sum()
-    return np.asarray(np.clip(1.0 - quiet, 0.0, 1.0))
+        place /= place.sum()
+    with np.errstate(divide="ignore"):  # a certain alarm is log1p(-1)
+        return np.asarray(-np.expm1(np.cumsum(np.log1p(-np.minimum(hazards, 1.0)))))
 
 
 def exact_threshold_for_probability(increment: Increment, laws: Sequence[Law], probability: float, horizon: int) -> float:

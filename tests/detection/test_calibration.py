@@ -78,6 +78,38 @@ def test_run_lengths_count_the_first_crossing_and_censor_the_rest():
     assert runs.certified(3.0) == pytest.approx(8 / -np.log(0.05))
 
 
+@pytest.mark.parametrize(("paths", "horizon"), [(20_000, 60), (10_000, 200)])
+def test_runs_that_hardly_outlast_the_rise_of_the_statistic_still_keep_the_promise(paths, horizon):
+    found = [
+        calibrated(ANY[3], NULL, arl=5_000, rng=np.random.default_rng(seed), paths=paths, horizon=horizon, certified=False).threshold
+        for seed in range(4)
+    ]
+    assert np.mean([true_ratio(b, 5_000) for b in found]) == pytest.approx(1.0, abs=0.1)
+
+
+def test_both_ways_to_run_lengths_keep_the_rise_and_agree():
+    x = np.random.default_rng(0).standard_normal((300, 60))
+    added, stepped = RunLengths.of(INCREMENT(x), rise=20), RunLengths.of_detector(ANY[3], x, rise=20)
+    assert added.rise == stepped.rise == 20
+    assert added.interval(3.0) == stepped.interval(3.0)
+
+
+@pytest.mark.parametrize("certified", [True, False])
+def test_a_highest_peak_within_the_rise_is_no_reason_to_refuse(certified):
+    x = np.random.default_rng(0).standard_normal((400, 60))
+    x[0, :3] = 9.0
+    runs = RunLengths.of(INCREMENT(x), rise=20)
+    assert runs.maxima[0, 19] == runs.maxima.max()
+    assert runs.threshold(500, certified=certified) < runs.maxima.max()
+
+
+def test_the_rise_counts_for_itself_and_the_tail_for_those_quiet_up_to_it():
+    runs = RunLengths(np.array([[0.0, 5.0, 5.0, 5.0], [0.0, 0.0, 0.0, 5.0], [0.0, 0.0, 0.0, 0.0]]), rise=2)
+    assert runs.counts(3.0) == (2 + 2, 1)
+    assert runs.average(3.0) == pytest.approx(2 + 2 / 3 * 4)
+    assert runs.interval(3.0)[0] < runs.average(3.0) < runs.interval(3.0)[1]
+
+
 def test_simulated_thresholds_agree_with_exact_ones_and_cover_every_law():
     laws = [NULL, Gaussian(0.2, 1.0)]
     simulated = threshold_for(INCREMENT, laws, 500, method="simulate", rng=np.random.default_rng(0), certified=False)

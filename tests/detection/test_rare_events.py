@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from detection import FOCuS, Gaussian, ReflectedSum, ScoreCUSUM, Singleton, exact_run_length
+from detection import FOCuS, Gaussian, ReflectedSum, ScoreCUSUM, Singleton, exact_run_length, run_length_distribution
 from detection.rare_events import split_run_length, tilted_run_length
 
 NULL = Gaussian(0.0, 1.0)
@@ -47,6 +47,21 @@ def test_splitting_agrees_with_the_exact_chain_at_a_million_ticks():
     found = split_run_length(detector, NULL, np.random.default_rng(3), particles=2000, horizon=300)
     assert abs(found.arl - 1e6) < 4 * found.standard_error
     assert found.standard_error < 0.1e6
+
+
+@pytest.mark.slow
+def test_splitting_over_a_short_horizon_is_not_fooled_by_the_rise_from_the_start():
+    detector, horizon = designed(Gaussian(1.0, 1.0), 1e4), 100
+    found = split_run_length(detector, NULL, np.random.default_rng(6), particles=1500, horizon=horizon, repeats=24)
+    naive = -horizon / np.log1p(-run_length_distribution(detector.increment, NULL, detector.threshold, horizon)[-1])
+    assert naive > 1e4 + 3.5 * found.standard_error, "an alarm rate that counts the rise is visibly too low"
+    assert abs(found.arl - 1e4) < 3.5 * found.standard_error
+
+
+@pytest.mark.parametrize("wrong", [{"horizon": 3}, {"repeats": 1}])
+def test_splitting_without_a_spread_or_a_tail_is_refused(wrong):
+    with pytest.raises(ValueError, match="horizon must be at least 4 ticks and repeats at least 2"):
+        split_run_length(designed(Gaussian(1.0, 1.0), 1e3), NULL, np.random.default_rng(0), **wrong)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 
 from detection import (
     Gaussian,
@@ -15,6 +16,7 @@ from detection import (
     siegmund_run_length,
 )
 from detection.increment import Quadratic
+from detection.run_length import _chain
 
 NULL, SHIFTED = Gaussian(0.0, 1.0), Gaussian(1.0, 1.0)
 REFERENCE = likelihood_increment(NULL, SHIFTED)  # z = x - 0.5: the textbook's CUSUM with k = 0.5
@@ -36,6 +38,31 @@ def simulated_run_length(increment, law, threshold, streams=2000, seed=0):
 @pytest.mark.parametrize(("law", "h", "run_length"), [(NULL, 4, 335.4), (NULL, 5, 930.9), (SHIFTED, 4, 8.38), (SHIFTED, 5, 10.4)])
 def test_the_chain_reproduces_the_textbook_table_of_cusum(law, h, run_length):
     assert exact_run_length(REFERENCE, law, h) == pytest.approx(run_length, rel=0.003 if run_length == 10.4 else 0.001)
+
+
+def excursions(height, mean, nodes=120):
+    """Run length of z ~ N(mean, 1) as excursion length over the chance to get up, both by Nystrom's method on Gauss-Legendre nodes."""
+    x, w = np.polynomial.legendre.leggauss(nodes)
+    x, w = 0.5 * height * (x + 1), 0.5 * height * w
+    kernel = stats.norm.pdf(x[None, :] - x[:, None] - mean) * w
+    ticks, up = np.linalg.solve(np.eye(nodes) - kernel, np.stack([np.ones(nodes), stats.norm.sf(height - x - mean)], axis=1)).T
+    first = stats.norm.pdf(x - mean) * w
+    return (1 + first @ ticks) / (stats.norm.sf(height - mean) + first @ up)
+
+
+@pytest.mark.parametrize(
+    ("law", "h", "measured"), [(NULL, 4.0, 335.36), (NULL, 5.0, 930.84), (SHIFTED, 4.0, 8.383), (SHIFTED, 5.0, 10.376)]
+)
+def test_the_chain_agrees_with_an_integral_equation_to_a_hundredth_of_a_percent(law, h, measured):
+    found = exact_run_length(REFERENCE, law, h)
+    assert found == pytest.approx(excursions(h, law.mean - 0.5), rel=1e-4)
+    assert found == pytest.approx(measured, rel=1e-4)
+
+
+@pytest.mark.parametrize(("arl", "tolerance"), [(1e4, 2e-4), (1e6, 1e-3), (1e9, 4e-3), (9e11, 1e-2)])
+def test_long_run_lengths_are_safe_and_close_to_those_of_the_integral_equation(arl, tolerance):
+    true = excursions(exact_threshold(REFERENCE, [NULL], arl), -0.5)
+    assert arl <= true <= arl * (1 + tolerance)
 
 
 @pytest.mark.parametrize("h", [4.0, 5.0])
@@ -111,6 +138,34 @@ def test_the_distribution_of_the_run_length_has_the_mean_of_the_chain_and_the_st
         statistic = np.maximum(statistic + REFERENCE(law.sample(rng, 20_000)), 0.0)
         ended |= statistic >= threshold
         assert ended.mean() == pytest.approx(share[t], abs=4 * np.sqrt(0.25 / 20_000))
+
+
+def test_a_settled_chain_gives_the_same_distribution_as_one_stepped_to_the_end():
+    chain = _chain(REFERENCE, NULL, 4.0, 400)
+    place, quiet = np.eye(1, 400)[0], []
+    for _ in range(3_000):
+        place = place @ chain
+        quiet.append(place.sum())
+    share = run_length_distribution(REFERENCE, NULL, 4.0, 3_000)
+    np.testing.assert_allclose(share, 1 - np.array(quiet), rtol=1e-7, atol=1e-12)
+
+
+def test_probabilities_too_small_for_a_difference_from_one_keep_their_digits():
+    share = run_length_distribution(REFERENCE, NULL, 27.0, 2_000)
+    rates = np.diff(share)[500:]
+    assert 0 < share[-1] < 1e-8
+    assert 1 / rates.mean() == pytest.approx(siegmund_run_length(REFERENCE, NULL, 27.0), rel=0.02)
+
+
+def test_an_alarm_at_every_tick_is_certain_from_the_first():
+    certain = Quadratic(curvature=0.0, slope=0.0, offset=2.0)
+    np.testing.assert_array_equal(run_length_distribution(certain, NULL, 1.0, 5), np.ones(5))
+
+
+def test_a_threshold_for_a_probability_over_a_long_horizon_takes_few_steps():
+    threshold = exact_threshold_for_probability(REFERENCE, [NULL], 0.01, 1_000_000)
+    assert run_length_distribution(REFERENCE, NULL, threshold, 1_000_000)[-1] == pytest.approx(0.01, rel=1e-5)
+    assert 1e6 / -np.log(0.99) == pytest.approx(exact_run_length(REFERENCE, NULL, threshold), rel=1e-4)
 
 
 def test_a_threshold_for_a_probability_gives_that_probability_under_the_worst_law():
