@@ -6,7 +6,9 @@ A product of the backward pass adds into the weights themselves, so a gradient i
 
 # W lanes, B examples of a batch, K classes
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.lanes import LaneBlock, Rows, aligned
@@ -17,7 +19,7 @@ from fedsim.tasks.base import Dataset, Task
 def is_dense(task: Task, model: nn.Module, strategy: Strategy, dataset: Dataset) -> bool:
     """Whether the written-out pass computes this task: linear layers and ReLU in a row, cross entropy, SGD without momentum or clip."""
     rule = type(strategy)
-    plain = rule.direction is Strategy.direction and not strategy.momentum and strategy.clip is None
+    plain = rule.direction is Strategy.direction and rule.shift is Strategy.shift and not strategy.momentum and strategy.clip is None
     entropy = type(task).losses is Task.losses and type(task).logits is Task.logits
     if not (plain and entropy and type(model) is nn.Sequential):
         return False
@@ -34,7 +36,9 @@ def is_dense(task: Task, model: nn.Module, strategy: Strategy, dataset: Dataset)
 class DenseBlock(LaneBlock):
     """See :func:`is_dense`, which must hold."""
 
-    def step(self, dataset: Dataset, rows: Rows, index: int) -> Tensor:
+    def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
+        if active is not None:
+            return super().step(dataset, rows, index, active)
         inputs, targets = aligned(dataset.batch(rows[self._fill].reshape(-1)))
         with torch.no_grad():
             hidden = inputs.view(self.width, rows.shape[1], -1)

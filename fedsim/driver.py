@@ -7,6 +7,7 @@ are dropped and written anew with the same rows.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedsim.runs.progress import Progress
 from fedsim.runs.run import Run
 from fedsim.runs.schema import column, tabulate
 from fedsim.runs.store import RunStore
+from fedsim.runtime.client_state import retain
 from fedsim.runtime.executor import Executor
 from fedsim.serving import TICKS_PER_BLOCK, Memo
 from fedsim.simulation import Simulation, check, deploy_stage, deployment_record, serve_steps, train_steps, world
@@ -117,10 +119,12 @@ class _Drive:
             self._commit("train", state.round, state, finished["tables"])
         self.bars.begin("train", state.round if state else 0)
         if state is None or state.round < self.simulation.rounds:
-            state = self._follow("train", train_steps(self.simulation, self.executor, state), ROUNDS_PER_CHECKPOINT)
+            steps = train_steps(self.simulation, self.executor, state, self.store.client_directory)
+            state = self._follow("train", steps, ROUNDS_PER_CHECKPOINT)
         assert state is not None
         if not self.shared.path("train", name).exists():
-            self.shared.put("train", name, {"state": state, "tables": {t: self._columns(t) for t in _TRAIN_TABLES}})
+            # what clients keep lies in this run's directory and ends with training
+            self.shared.put("train", name, {"state": replace(state, clients=None), "tables": {t: self._columns(t) for t in _TRAIN_TABLES}})
         return state
 
     def _deploy(self, trained: TrainState) -> Deployed:
@@ -180,6 +184,13 @@ class _Drive:
         for table, columns in tables.items():
             self.store.write_part(table, index, columns)
         self.store.save_checkpoint(stage, index, state, keep=keep)
+        if stage == "train" and state.clients is not None:
+            self._prune_client_states()
+
+    def _prune_client_states(self) -> None:
+        """Leave the segments that a stored checkpoint reads."""
+        kept = [self.store.checkpoint("train", index).clients for index in self.store.checkpoints("train")]
+        retain(self.store.client_directory, [states for states in kept if states is not None])
 
     def _columns(self, table: str) -> dict[str, NDArray[Any]]:
         rows = self.store.table(table)

@@ -20,7 +20,7 @@ from fedsim.randomness import rng_for
 from fedsim.runtime.batching import padded
 from fedsim.strategies import Strategy
 from fedsim.tasks.base import Batch, Dataset, Task
-from fedsim.updates import Partial, Update, Vector, fold_dtype, leaf, tree
+from fedsim.updates import Vector
 
 Rows = NDArray[np.int64]
 _PLAIN = (nn.Linear, nn.Flatten, nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.LayerNorm)
@@ -66,32 +66,35 @@ class Block:
         self.losses = np.zeros(len(clients))
         self.weights: list[Tensor] = []
         self.momenta: list[Tensor] | None = None
-        self._carry = carry
+        self._start: list[Tensor] = []
+        self._shift: Sequence[Tensor | None] = [None] * len(layout.names)
 
-    def load(self, start: Vector) -> None:
-        """Begin from ``start`` (P,) with every client."""
+    def load(self, start: Tensor, shift: Tensor | None) -> None:
+        """Begin from ``start`` (P,) with every client; the local rule is given each one's ``shift`` (n, P)."""
+        self._start = list(self.layout.views(start).values())
+        with torch.no_grad():
+            for weight, value in zip(self.weights, self._start, strict=True):
+                weight.copy_(value)
+
+    def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
+        """One local step of the ``active`` clients (n,; ``None``: all) on the examples ``rows`` (n, B); each one's mean loss before it, (lanes,).
+
+        ``index`` is the step's number in the round.
+        """
         raise NotImplementedError
 
-    def step(self, dataset: Dataset, rows: Rows, index: int) -> Tensor:
-        """One local step on the examples ``rows`` (n, B); each client's mean loss before it, (lanes,). ``index`` is the step's number in the round."""
-        raise NotImplementedError
-
-    def update(self, weights: NDArray[np.float64]) -> Partial:
-        """The clients' weighted sum, folded in client order along the fixed tree."""
-        raise NotImplementedError
-
-    def finite(self) -> NDArray[np.bool_]:
-        """Whether each client's parameters (n,) are finite."""
+    def ends(self) -> Tensor:
+        """Where the clients stand, (n, P)."""
         raise NotImplementedError
 
     def carry(self) -> Vector | None:
         """Momentum (n, P) to go on from after a merge elsewhere; ``None`` without momentum."""
         raise NotImplementedError
 
-    def _descend(self, gradients: Sequence[Tensor], start: Sequence[Tensor], lanes: bool) -> None:
+    def _descend(self, gradients: Sequence[Tensor], active: Tensor | None, lanes: bool) -> None:
         rule = self.strategy
         with torch.no_grad():
-            directions = [rule.direction(g, w, s) for g, w, s in zip(gradients, self.weights, start, strict=True)]
+            directions = [rule.direction(*parts) for parts in zip(gradients, self.weights, self._start, self._shift, strict=True)]
             if rule.clip is not None:
                 directions = _clipped(directions, rule.clip, lanes)
             if rule.weight_decay:
@@ -99,6 +102,8 @@ class Block:
             if rule.momentum:
                 assert self.momenta is not None
                 directions = [m.mul_(rule.momentum).add_(d) for m, d in zip(self.momenta, directions, strict=True)]
+            if active is not None:
+                directions = [d * active.view(-1, *[1] * (d.ndim - 1)) for d in directions]
             for weight, direction in zip(self.weights, directions, strict=True):
                 weight.add_(direction, alpha=-rule.client_lr)
 
@@ -114,31 +119,25 @@ class LoopBlock(Block):
         self._draws = int(rng_for(seed, "local", client, round).integers(1 << 62))
         parameters = dict(model.named_parameters())
         self.weights = [parameters[name] for name in layout.names]
-        self._vector: Vector | None = None
         if strategy.momentum:
             kept = torch.zeros(layout.size, dtype=self.weights[0].dtype) if carry is None else torch.tensor(carry[0])
             self.momenta = list(layout.views(kept).values())
 
-    def load(self, start: Vector) -> None:
-        self._start = list(self.layout.views(torch.tensor(start)).values())
-        with torch.no_grad():
-            for weight, value in zip(self.weights, self._start, strict=True):
-                weight.copy_(value)
+    def load(self, start: Tensor, shift: Tensor | None) -> None:
+        super().load(start, shift)
+        if shift is not None:
+            self._shift = list(self.layout.views(shift[0]).values())
 
-    def step(self, dataset: Dataset, rows: Rows, index: int) -> Tensor:
+    def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
         torch.default_generator.manual_seed(self._draws + index)
         loss = self.task.losses(self.model, aligned(dataset.batch(rows[0]))).mean()
         gradients = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
-        self._descend(gradients, self._start, lanes=False)
+        if active is None or active[0]:
+            self._descend(gradients, None, lanes=False)
         return loss.detach()[None]
 
-    def update(self, weights: NDArray[np.float64]) -> Partial:
-        self._vector = torch.cat([w.detach().reshape(-1) for w in self.weights]).numpy()  # the model goes on to the next client
-        return leaf(Update(self._vector, float(weights[0])))
-
-    def finite(self) -> NDArray[np.bool_]:
-        assert self._vector is not None
-        return np.array([np.isfinite(self._vector).all()])
+    def ends(self) -> Tensor:
+        return torch.cat([w.detach().reshape(-1) for w in self.weights])[None]  # a copy: the model goes on to the next client
 
     def carry(self) -> Vector | None:
         if self.momenta is None:
@@ -162,19 +161,18 @@ class LaneBlock(Block):
             assert carry is not None
             self.momenta = [m.clone() for m in layout.views(torch.tensor(carry[self._fill])).values()]
 
-    def load(self, start: Vector) -> None:
-        self._start = list(self.layout.views(torch.tensor(start)).values())
-        with torch.no_grad():
-            for weight, value in zip(self.weights, self._start, strict=True):
-                weight.copy_(value)
+    def load(self, start: Tensor, shift: Tensor | None) -> None:
+        super().load(start, shift)
+        if shift is not None:
+            self._shift = list(self.layout.views(shift[self._fill]).values())
 
-    def step(self, dataset: Dataset, rows: Rows, index: int) -> Tensor:
+    def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
         inputs, targets = aligned(dataset.batch(rows[self._fill].reshape(-1)))
         lanes = (self.width, rows.shape[1])
         named = dict(zip(self.layout.names, self.weights, strict=True))
         losses = self._map(named, inputs.view(*lanes, *inputs.shape[1:]), targets.view(*lanes, *targets.shape[1:])).mean(1)
         gradients = torch.autograd.grad(losses.sum(), self.weights, allow_unused=True, materialize_grads=True)
-        self._descend(gradients, self._start, lanes=True)
+        self._descend(gradients, self._lanes_of(active), lanes=True)
         return losses.detach()
 
     def alone(self, dataset: Dataset, rows: Rows, lane: int) -> None:
@@ -182,22 +180,19 @@ class LaneBlock(Block):
         named = {f"model.{name}": w.detach()[lane] for name, w in zip(self.layout.names, self.weights, strict=True)}
         functional_call(_Objective(self._task, self._model), named, (dataset.batch(rows),))
 
-    def update(self, weights: NDArray[np.float64]) -> Partial:
-        dtype = getattr(torch, str(fold_dtype(np.dtype(self.layout.dtype))))
-        share = torch.tensor(weights, dtype=dtype)[:, None]
-        rows = [w.detach()[: len(weights)].reshape(len(weights), -1).to(dtype) * share for w in self.weights]
-        total = torch.cat([_lane_sum(r) for r in rows])
-        return Partial(total.numpy(), tree([float(w) for w in weights], float.__add__))
-
-    def finite(self) -> NDArray[np.bool_]:
+    def ends(self) -> Tensor:
         count = len(self.clients)
-        return np.asarray(np.all([w.detach()[:count].reshape(count, -1).isfinite().all(1).numpy() for w in self.weights], axis=0))
+        return torch.cat([w.detach()[:count].reshape(count, -1) for w in self.weights], dim=1)
 
     def carry(self) -> Vector | None:
         if self.momenta is None:
             return None
         count = len(self.clients)
         return torch.cat([m[:count].reshape(count, -1) for m in self.momenta], dim=1).numpy()
+
+    def _lanes_of(self, active: NDArray[np.bool_] | None) -> Tensor | None:
+        """``active`` (n,) as a factor of each lane (W,)."""
+        return None if active is None else torch.from_numpy(active[self._fill].astype(self.layout.dtype))
 
 
 def aligned(batch: Batch) -> Batch:
@@ -235,12 +230,3 @@ def _clipped(gradients: Sequence[Tensor], clip: float, lanes: bool) -> list[Tens
     norms = torch.stack([torch.linalg.vector_norm(r, dim=1) for r in rows]).norm(dim=0)
     scale = (clip / (norms + 1e-6)).clamp(max=1.0)
     return [g * (scale.view(-1, *[1] * (g.ndim - 1)) if lanes else scale[0]) for g in gradients]
-
-
-def _lane_sum(rows: Tensor) -> Tensor:
-    """The sum over lanes (W, n) -> (n,) along the tree of :func:`fedsim.updates.tree`, level by level."""
-    while len(rows) > 1:
-        even = len(rows) & ~1
-        paired = rows[0:even:2] + rows[1:even:2]
-        rows = paired if even == len(rows) else torch.cat([paired, rows[even:]])
-    return rows[0]

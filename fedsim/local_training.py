@@ -4,8 +4,9 @@ A client's batch at a step is a function of (seed, client, round, step) alone, n
 of its shard, cut into batches of exactly ``batch_size``, wrapping over the end of a pass.
 """
 
-# n clients of a unit, k its sync points, T local steps, B examples of a batch, P parameters
+# n clients of a unit, k its sync points, T local steps, B examples of a batch, P parameters, S + S' scalars a client keeps
 
+import hashlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from fedsim.runtime.batching import blocks
 from fedsim.strategies import Due, Strategy
 from fedsim.tasks.base import Dataset, Task
 from fedsim.updates import Partial, Vector, mean, tree_sum
+from fedsim.uploads import Sender, Sizes, fold
 
 Rows = NDArray[np.int64]
 
@@ -32,19 +34,24 @@ Rows = NDArray[np.int64]
 class Unit:
     """Clients (n,) train from the model shared as ``model`` at step ``start`` to ``points[-1]``; at the points before it they merge among themselves.
 
-    ``weights`` (k, n): each client's normalised weight at each point. ``server``: name of the server's model, used by merges. ``carry`` (n, P): momenta.
+    ``steps`` (n,): local steps of the whole round, after which a client idles. ``weights`` (k, n): each client's normalised weight at each
+    point, ``shares`` (k,): the clients' share of the fleet's weight. ``server``: name of the server's model, used by merges. ``carry`` (n, P): momenta.
+    ``memory`` (n, S + S'): what clients keep from merge to merge.
     """
 
     seed: int
     round: int
     clients: Rows
+    steps: NDArray[np.int64]
     lanes: int
     model: str
     server: str
     start: int
     points: tuple[int, ...]
     weights: NDArray[np.float64]
+    shares: NDArray[np.float64]
     carry: Vector | None
+    memory: Vector | None
     last: int
 
     def __str__(self) -> str:
@@ -55,16 +62,21 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """A unit's node of the fold at its last point, the sum of each client's losses (n,), the server's model and state after its own merges, and momenta."""
+    """A unit's node of the fold at its last point, the sum of each client's losses (n,), the server's model and state after its own merges.
+
+    ``carry`` (n, P) and ``memory`` (n, S + S') go on from here; ``blocks`` (n,) is the digest of each client's block in that fold.
+    """
 
     node: Partial
     losses: NDArray[np.float64]
     merged: tuple[Vector, Any] | None
     carry: Vector | None
+    memory: Vector | None
+    blocks: NDArray[np.str_]
 
 
 def train_unit(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Outcome:
-    """Train a unit. Shared: ``task``, ``train`` (Dataset), ``shards``, ``strategy``, ``state`` (the server's) and models (P,) by name.
+    """Train a unit. Shared: ``task``, ``train`` (Dataset), ``shards``, ``strategy``, ``sizes``, ``state`` (the server's) and models (P,) by name.
 
     Raises ``DivergedError`` for a loss or a parameter that is not finite, and ``ClientError`` from an exception of user code.
     """
@@ -72,11 +84,14 @@ def train_unit(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any,
     team = _team(unit, shared, cache)
     rows = example_order(unit.seed, shared["shards"], unit.clients, unit.round, (unit.start, unit.points[-1]), strategy.batch_size)
     model, params, state = shared[unit.model], shared[unit.server], shared["state"]
-    at = unit.start
-    for point, weights in zip(unit.points, unit.weights, strict=True):
-        node = _advance(unit, team, shared["train"], model, rows[:, at - unit.start : point - unit.start], at, weights)
+    at, memory = unit.start, unit.memory
+    for point, weights, share in zip(unit.points, unit.weights, unit.shares, strict=True):
+        leg = _Leg(unit, shared["train"], strategy, shared["sizes"], state, model, memory, weights, (at, point))
+        nodes, memory = leg.run(team, rows[:, at - unit.start : point - unit.start])
+        node = tree_sum(nodes)
         if point != unit.points[-1]:
-            params, state = strategy.server(params, state, mean(node, params), Due(unit.clients, weights), point == unit.last)
+            due = Due(unit.clients, weights, float(share))
+            params, state = strategy.server(params, state, mean(node, params), due, point == unit.last)
             model = params
         at = point
     carries = [block.carry() for _, block in team] if at < unit.last else [None]
@@ -85,6 +100,8 @@ def train_unit(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any,
         losses=np.concatenate([block.losses for _, block in team]),
         merged=(params, state) if len(unit.points) > 1 else None,
         carry=None if carries[0] is None else np.concatenate([c for c in carries if c is not None]),
+        memory=memory,
+        blocks=np.repeat([_digest(n) for n in nodes], [len(block.clients) for _, block in team]),
     )
 
 
@@ -99,7 +116,7 @@ def example_order(seed: int, shards: Shards, clients: Rows, round: int, steps: t
         taking, row = np.unique(rows, return_inverse=True)
         shuffled = permutations(seed, "batches", clients[taking], round, sizes[taking], part=number)
         order[rows, columns] = shuffled[row, place[rows, columns]]
-    examples: Rows = shards.indices[shards.offsets[clients][:, None] + order]
+    examples: Rows = shards.examples(clients, order)
     return examples.reshape(len(clients), steps[1] - steps[0], batch_size)
 
 
@@ -131,26 +148,67 @@ def _model(task: Task, seed: int, cache: MutableMapping[Any, Any]) -> tuple[torc
     return kept[2], kept[3]
 
 
-def _advance(unit: Unit, team: Team, dataset: Dataset, model: Vector, rows: Rows, at: int, weights: NDArray[np.float64]) -> Partial:
-    """All blocks through the steps of ``rows`` (n, T, B), and their node of the fold."""
-    nodes = []
-    with torch.random.fork_rng(devices=[]):
-        for part, block in team:
-            block.load(model)
-            losses = torch.stack([_step(unit, block, dataset, rows[part, t], at + t) for t in range(rows.shape[1])]).double().numpy()
-            losses = losses[:, : len(block.clients)]
-            _check_losses(unit, block, losses, at)
-            block.losses += losses.sum(0)
-            node = block.update(weights[part])
-            if not np.isfinite(node.total).all():
-                _raise_diverged(unit, block, at + rows.shape[1])
-            nodes.append(node)
-    return tree_sum(nodes)
+@dataclass(frozen=True, eq=False)
+class _Leg:
+    """A unit's way over the local ``steps`` from one merge to the next, from the handed-out ``model`` (P,) under the server's state."""
+
+    unit: Unit
+    dataset: Dataset
+    strategy: Strategy
+    sizes: Sizes
+    server: Any
+    model: Vector
+    memory: Vector | None
+    weights: NDArray[np.float64]
+    steps: tuple[int, int]
+
+    def run(self, team: Team, rows: Rows) -> tuple[list[Partial], Vector | None]:
+        """Every block's node of the fold, and what the clients keep (n, S + S'), after the steps on ``rows`` (n, T, B)."""
+        start = torch.tensor(self.model)
+        sent = []
+        with torch.random.fork_rng(devices=[]):
+            for part, block in team:
+                self._train(block, start, part, rows[part])
+                sent.append(self._send(block, start, part))
+        kept = [memory for _, memory in sent if memory is not None]
+        return [node for node, _ in sent], np.concatenate(kept) if kept else None
+
+    def _train(self, block: Block, start: torch.Tensor, part: slice, rows: Rows) -> None:
+        low, high = self.steps
+        block.load(start, self._shift(part))
+        active = self.unit.steps[part] > np.arange(low, high)[:, None]
+        losses = torch.stack(
+            [_step(self.unit, block, self.dataset, rows[:, t], low + t, None if active[t].all() else active[t]) for t in range(high - low)]
+        )
+        found = np.where(active, losses.double().cpu().numpy()[:, : len(block.clients)], 0.0)
+        _check_losses(self.unit, block, found, low)
+        block.losses += found.sum(0)
+
+    def _shift(self, part: slice) -> torch.Tensor | None:
+        if not self.sizes.strategy:
+            return self.strategy.shift(torch.empty(part.stop - part.start, 0), self.server)
+        assert self.memory is not None
+        return self.strategy.shift(torch.tensor(self.memory[part, : self.sizes.strategy]), self.server)
+
+    def _send(self, block: Block, start: torch.Tensor, part: slice) -> tuple[Partial, Vector | None]:
+        unit, (low, high) = self.unit, self.steps
+        sender = Sender(self.strategy, self.sizes, block.clients, unit.seed, unit.round, high)
+        taken = np.minimum(unit.steps[part], high) - low
+        rows, memory = sender.send(start, block.ends(), taken, None if self.memory is None else self.memory[part], self.server)
+        finite = rows.isfinite().all(1).cpu().numpy()
+        if not finite.all():
+            client = int(block.clients[np.argmin(finite)])
+            raise DivergedError("parameters are not finite", client=client, round=unit.round, step=high)
+        return fold(rows, self.weights[part]), memory
 
 
-def _step(unit: Unit, block: Block, dataset: Dataset, rows: Rows, index: int) -> torch.Tensor:
+def _digest(node: Partial) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(node.total).tobytes(), digest_size=8).hexdigest()
+
+
+def _step(unit: Unit, block: Block, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> torch.Tensor:
     try:
-        return block.step(dataset, rows, index)
+        return block.step(dataset, rows, index, active)
     except FedsimError:
         raise
     except Exception as error:
@@ -179,8 +237,3 @@ def _check_losses(unit: Unit, block: Block, losses: NDArray[np.float64], at: int
     if len(bad):
         step, lane = bad[0]
         raise DivergedError(f"the loss is {losses[step, lane]}", client=int(block.clients[lane]), round=unit.round, step=int(at + step + 1))
-
-
-def _raise_diverged(unit: Unit, block: Block, step: int) -> None:
-    lane = int(np.argmin(block.finite()))
-    raise DivergedError("parameters are not finite", client=int(block.clients[lane]), round=unit.round, step=step)

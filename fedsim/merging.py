@@ -1,8 +1,8 @@
 """The merges of one round, as a flow of data: work whose inputs are known is sent out together, and points are merged in order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,28 +23,34 @@ _CHEAP_FLOPS = 2e9  # of a segment between merges: below it, a trip through the 
 
 @dataclass(eq=False)
 class Merging:
-    """A round under way. ``losses`` (n,) sums each client's losses over its steps; ``carry``: momenta of clients between their points."""
+    """A round under way. ``steps`` (n,): local steps of each client of the cohort; ``losses`` (n,) sums its losses over them.
+
+    ``carry``: momenta of clients between their points; ``memory``: what they keep beyond the round; ``blocks``: digests of their blocks in their
+    last merge. Both are of clients by position.
+    """
 
     training: "Training"
+    before: "TrainState"
     clients: NDArray[np.int64]
+    steps: NDArray[np.int64]
     schedule: Schedule
-    round: int
-    params: Vector
-    server: Any
-    losses: NDArray[np.float64]
-    models: dict[str, Shared] = field(default_factory=dict)
-    nodes: dict[Segment, Partial] = field(default_factory=dict)
-    carry: dict[int, Vector] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, training: "Training", clients: NDArray[np.int64], schedule: Schedule, state: "TrainState") -> "Merging":
-        return cls(training, clients, schedule, state.round, state.params, state.server, np.zeros(len(clients)))
+    def __post_init__(self) -> None:
+        self.params: Vector = self.before.params
+        self.server: Any = self.before.server
+        self.losses = np.zeros(len(self.clients))
+        self.blocks = np.full(len(self.clients), "", "U16")
+        self.models: dict[str, Shared] = {}
+        self.nodes: dict[Segment, Partial] = {}
+        self.carry: dict[int, Vector] = {}
+        self.memory: dict[int, Vector] = {}
 
     def run(self) -> tuple[Vector, Any]:
         """The server's model and state after the round's last merge."""
         self.due = dict(by_point(self.schedule.points))
         self.order = list(self.due)
         self.weights = {point: self._weights(point) for point in self.order}
+        self.shares = {point: self.training.share_of(self.clients[due]) for point, due in self.due.items()}
         waiting = self._plan()
         self.merged = 0
         self._hand_out(0)
@@ -82,7 +88,7 @@ class Merging:
     def _execute(self, ready: Sequence[Segment]) -> None:
         """Longest chains first; the results do not depend on it."""
         queue = [(segment, part) for segment in sorted(ready, key=lambda s: s.start - s.end) for part in self._parts(segment)]
-        units = [self._unit(segment, part) for segment, part in queue]
+        units = _Units(self, queue)
         training = self.training
         shared = {"state": self.server, **{k: v for k, v in training.shared.items() if k != "test"}, **self.models}
         outcomes = training.executor.map(train_unit, units, shared)
@@ -105,29 +111,47 @@ class Merging:
         size = training.unit_blocks or unit_size(len(cut), training.executor.workers)
         return [slice(cut[i][0], cut[min(i + size, len(cut)) - 1][1]) for i in range(0, len(cut), size)]
 
-    def _unit(self, segment: Segment, part: slice) -> Unit:
+    def unit(self, segment: Segment, part: slice) -> Unit:
         members = list(segment.members[part])
         carried = [self.carry[m] for m in members if m in self.carry]
         training = self.training
         return Unit(
             seed=training.seed,
-            round=self.round,
+            round=self.before.round,
             clients=self.clients[members],
+            steps=self.steps[members],
             lanes=training.lanes,
             model=f"model {segment.start}",
             server=f"model {self.merged}",
             start=segment.start,
             points=segment.points,
             weights=np.stack([self.weights[p][members] for p in segment.points]),
+            shares=np.array([self.shares[p] for p in segment.points]),
             carry=np.stack(carried) if carried else None,
+            memory=self._remembered(members),
             last=self.order[-1],
         )
 
     def _note(self, segment: Segment, part: slice, outcome: Outcome) -> None:
         members = segment.members[part]
         self.losses[list(members)] += outcome.losses
+        self.blocks[list(members)] = outcome.blocks
         if outcome.carry is not None:
             self.carry.update(zip(members, outcome.carry, strict=True))
+        if outcome.memory is not None:
+            self.memory.update(zip(members, outcome.memory, strict=True))
+
+    def _remembered(self, members: Sequence[int]) -> Vector | None:
+        """What the members keep, (n, S + S'), as they left their last merge, of this round or an earlier one."""
+        log = self.training.log
+        if log is None:
+            return None
+        assert self.before.clients is not None
+        rows = log.read(self.before.clients, self.clients[members])
+        for position, member in enumerate(members):
+            if member in self.memory:
+                rows[position] = self.memory[member]
+        return rows
 
     def _merge_in_order(self) -> None:
         """Merge every point whose segments are all there, up to the first that lacks one."""
@@ -136,7 +160,7 @@ class Merging:
             if sum(len(s.members) for s in ending) < len(self.due[point]):
                 return
             root = tree_sum([self.nodes.pop(s) for s in ending])
-            due = Due(self.clients[self.due[point]], self.weights[point][self.due[point]])
+            due = Due(self.clients[self.due[point]], self.weights[point][self.due[point]], self.shares[point])
             self.params, self.server = self.training.strategy.server(
                 self.params, self.server, mean(root, self.params), due, point == self.order[-1]
             )
@@ -160,3 +184,24 @@ class Merging:
         weights = np.zeros(len(self.clients))
         weights[due] = normalised(raw)
         return weights
+
+
+class _Units(Sequence[Unit]):
+    """The units of a map, each built when it is sent: what their clients keep need not all be in memory at once."""
+
+    def __init__(self, merging: Merging, queue: Sequence[tuple[Segment, slice]]):
+        self._merging, self._queue = merging, queue
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Unit]: ...
+
+    def __getitem__(self, index: int | slice) -> Unit | Sequence[Unit]:
+        if isinstance(index, slice):
+            return _Units(self._merging, self._queue[index])
+        return self._merging.unit(*self._queue[index])

@@ -37,10 +37,21 @@ class Shards:
             raise IndexError(f"client {client} is not in 0..{len(self) - 1}")
         return self.indices[self.offsets[client] : self.offsets[client + 1]]
 
+    def examples(self, clients: Ints, places: Ints) -> Ints:
+        """The ``places[c, j]``-th example of each client, (n, k), for ``clients`` (n,) and ``places`` (n, k)."""
+        return self.indices[self.offsets[clients][:, None] + places]
+
     @cached_property
     def sizes(self) -> Ints:
         """Examples of each client (C,)."""
         return np.diff(self.offsets)
+
+    def examples(self, clients: Ints, places: Ints) -> Ints:
+        """The ``places[i, j]``-th example (n, k) of each of ``clients`` (n,), counted from 0. ``IndexError`` for a place outside a shard."""
+        if ((places < 0) | (places >= self.sizes[clients][:, None])).any():
+            raise IndexError(f"places must lie in each client's shard, got {places.min()} to {places.max()} for sizes {self.sizes[clients]}")
+        found: Ints = self.indices[self.offsets[clients][:, None] + places]
+        return found
 
     def histogram(self, values: NDArray[np.integer], num: int) -> Ints:
         """Counts (C, num) of the ``values`` (N,) in ``0..num - 1`` that each client's examples have."""

@@ -8,13 +8,15 @@ and the tree of the fold follow from the cohort; units and workers do not touch 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.clock import busy_seconds, forward_flops, round_seconds, step_flops
-from fedsim.communication import Cohort, Payload, Schedule, UploadSchedule, summary_bytes, traffic
+from fedsim.communication import Cohort, Payload, Schedule, Uniform, UploadSchedule, summary_bytes, traffic
 from fedsim.evaluation import evaluate
 from fedsim.fleet import Fleet
 from fedsim.lanes import lanes_for, why_not_batched
@@ -24,29 +26,36 @@ from fedsim.partition import Shards
 from fedsim.randomness import rng_for, uniforms
 from fedsim.records import Round
 from fedsim.runtime.batching import power_of_two
+from fedsim.runtime.client_state import ClientLog, ClientStates, retain
 from fedsim.runtime.executor import Executor, Shared
 from fedsim.strategies import Strategy
 from fedsim.tasks.base import Splits, Task
 from fedsim.updates import Vector
+from fedsim.uploads import Sizes
 
 _WAITS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainState:
-    """Where training stands after ``round`` rounds: parameters (P,), the server's state, and the simulated clock in seconds."""
+    """Where training stands after ``round`` rounds: parameters (P,), the server's state, and the simulated clock in seconds.
+
+    ``clients``: where the states lie that clients keep between rounds; ``None`` where they keep none.
+    """
 
     params: Vector
     server: Any
     round: int
     clock: float
+    clients: ClientStates | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Training:
     """Everything rounds need that does not change between them; made by :meth:`prepare`. ``lanes`` is the width of a block: it decides bits.
 
-    ``unit_blocks`` (a power of two, ``None``: by number of workers) decides only where work runs.
+    ``unit_blocks`` (a power of two, ``None``: by number of workers) decides only where work runs. ``holders``: the clients with data, ascending.
+    ``log`` holds what clients keep between rounds, if they keep anything; ``scratch`` is its directory where no other was given.
     """
 
     task: Task
@@ -66,6 +75,9 @@ class Training:
     counts: NDArray[np.int64] | None
     payloads: tuple[Payload, Payload]
     shared: Mapping[str, Shared]
+    holders: NDArray[np.int64]
+    log: ClientLog | None
+    scratch: TemporaryDirectory[str] | None
 
     @classmethod
     def prepare(
@@ -81,8 +93,11 @@ class Training:
         lanes: int | None = None,
         evaluate_every: int = 1,
         unit_blocks: int | None = None,
+        directory: Path | None = None,
     ) -> Self:
         """Check the parts against each other, measure the model, and share what every round reads. ``evaluate_every`` rounds, and after the last, the test split is read.
+
+        ``directory`` keeps the states of clients between rounds; a temporary one, which keeps those of the last two rounds, unless given.
 
         Raises ``ValueError`` for a fleet without data, a strategy that cannot follow the schedule, and a model that cannot run in ``lanes``.
         """
@@ -91,12 +106,16 @@ class Training:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         data = task.data()
         shards = fleet.shards(data.train)
-        if not shards.sizes.any():
+        holders = np.flatnonzero(shards.sizes > 0)
+        if not len(holders):
             raise ValueError(f"all {len(fleet)} shards are empty: no client can train")
         model = task.build(seed)
         layout = Layout.of(model)
-        payloads = strategy.payload(layout)
-        _check_schedule(strategy, communication, min(strategy.cohort, int((shards.sizes > 0).sum())), payloads)
+        sizes = Sizes.of(strategy, layout, strategy.init(layout.flatten(model)))
+        payloads = _payloads(strategy, layout, sizes)
+        _check_schedule(strategy, communication, min(strategy.cohort, len(holders)), payloads)
+        scratch = TemporaryDirectory(prefix="fedsim-") if sizes.memory and directory is None else None
+        where = Path(scratch.name) if scratch is not None else directory
         return cls(
             task=task,
             fleet=fleet,
@@ -120,32 +139,59 @@ class Training:
                 "test": executor.share(data.test),
                 "shards": executor.share(shards),
                 "strategy": executor.share(strategy),
+                "sizes": executor.share(sizes),
             },
+            holders=holders,
+            log=ClientLog(where, sizes.memory, layout.dtype) if sizes.memory and where is not None else None,
+            scratch=scratch,
         )
 
     def init(self) -> TrainState:
         """The state before the first round: a model that is a function of the seed."""
         params = self.layout.flatten(self.task.build(self.seed))
-        return TrainState(params=params, server=self.strategy.init(params), round=0, clock=0.0)
+        kept = None if self.log is None else ClientStates.empty(len(self.fleet))
+        return TrainState(params=params, server=self.strategy.init(params), round=0, clock=0.0, clients=kept)
 
     def step(self, state: TrainState) -> tuple[TrainState, Round]:
         """One round. Raises ``DivergedError`` or ``ClientError``; ``state`` is then still good."""
         clients, waited = self._draw(state.round)
-        cohort = self._cohort(clients)
+        steps = self.strategy.steps(self.shards.sizes[clients])
+        cohort = self._cohort(clients, steps)
         schedule = self.communication.assign(cohort, state.round, self.seed)
-        _check_points(self.communication, schedule, self.strategy.local_steps)
-        merging = Merging.of(self, clients, schedule, state)
+        _check_points(self.communication, schedule, cohort.steps)
+        merging = Merging(self, state, clients, steps, schedule)
         params, server = merging.run()
         seconds = round_seconds(schedule.points, cohort.step_seconds, cohort.up_seconds, cohort.down_seconds)
-        after = TrainState(params=params, server=server, round=state.round + 1, clock=state.clock + seconds)
-        notes = [schedule.note, waited, *self._short(clients), *self._summaries_note(state.round)]
-        return after, self._record(
-            state, after, cohort, schedule, merging.losses / self.strategy.local_steps, "; ".join(filter(None, notes))
+        after = TrainState(
+            params=params,
+            server=server,
+            round=state.round + 1,
+            clock=state.clock + seconds,
+            clients=self._keep(state, clients, merging.memory),
         )
+        notes = [schedule.note, waited, *self._short(clients), *self._summaries_note(state.round)]
+        return after, self._record(state, after, cohort, schedule, merging, "; ".join(filter(None, notes)))
+
+    def share_of(self, clients: NDArray[np.int64]) -> float:
+        """The share of the whole fleet's weight that ``clients`` (n,) hold."""
+        if self.strategy.weighting == "uniform":
+            return len(clients) / len(self.holders)
+        return float(self.shards.sizes[clients].sum() / self.shards.sizes.sum())
+
+    def _keep(self, state: TrainState, clients: NDArray[np.int64], memory: Mapping[int, Vector]) -> ClientStates | None:
+        """Write what the round's clients keep."""
+        if self.log is None or not memory:
+            return state.clients
+        assert state.clients is not None
+        positions = sorted(memory)
+        after = self.log.write(state.clients, state.round, clients[positions], np.stack([memory[p] for p in positions]))
+        if self.scratch is not None:
+            retain(self.log.directory, [state.clients, after])
+        return after
 
     def _draw(self, round: int) -> tuple[NDArray[np.int64], str]:
         """The cohort: uniform without replacement among clients that hold data and are available; ascending ids."""
-        holders = np.flatnonzero(self.shards.sizes > 0)
+        holders = self.holders
         chance = self.fleet.availability[holders]
         for wait in range(_WAITS):
             present = (
@@ -161,16 +207,17 @@ class Training:
             present = np.sort(rng_for(self.seed, "cohort", round).choice(present, self.strategy.cohort, replace=False))
         return present.astype(np.int64), f"nobody was available {wait} times before" if wait else ""
 
-    def _cohort(self, clients: NDArray[np.int64]) -> Cohort:
+    def _cohort(self, clients: NDArray[np.int64], steps: NDArray[np.int64]) -> Cohort:
+        """What a schedule may know; who takes fewer local steps than the most is quicker at each."""
         up, down = self.payloads
         flops = step_flops(self.forward_flops, self.strategy.batch_size)
         return Cohort(
             clients=clients,
-            steps=self.strategy.local_steps,
+            steps=int(steps.max()),
             fleet_size=len(self.fleet),
             upload=up.total,
             download=down.total,
-            step_seconds=flops / self.fleet.flops[clients],
+            step_seconds=flops / self.fleet.flops[clients] * (steps / steps.max()),
             up_seconds=up.total / self.fleet.up[clients],
             down_seconds=down.total / self.fleet.down[clients],
             counts=None if self.counts is None else self.counts[clients].astype(np.float64),
@@ -182,23 +229,17 @@ class Training:
 
     def _summary_bytes(self, round: int) -> int:
         """Label histograms are sent once, by every client that holds data, before the first round; their time is not on the clock."""
-        return 0 if self.counts is None or round > 0 else self._holders * summary_bytes(self.counts.shape[1])
-
-    @property
-    def _holders(self) -> int:
-        return int((self.shards.sizes > 0).sum())
+        return 0 if self.counts is None or round > 0 else len(self.holders) * summary_bytes(self.counts.shape[1])
 
     def _summaries_note(self, round: int) -> list[str]:
         sent = self._summary_bytes(round)
-        return [f"bytes_up includes {sent} bytes of label histograms from all {self._holders} clients with data"] if sent else []
+        return [f"bytes_up includes {sent} bytes of label histograms from all {len(self.holders)} clients with data"] if sent else []
 
-    def _record(
-        self, before: TrainState, after: TrainState, cohort: Cohort, schedule: Schedule, losses: NDArray[np.float64], note: str
-    ) -> Round:
+    def _record(self, before: TrainState, after: TrainState, cohort: Cohort, schedule: Schedule, merging: Merging, note: str) -> Round:
         took_part = np.array([bool(p) for p in schedule.points])
         cost = traffic(schedule.points, *self.payloads)
-        flops = took_part * float(step_flops(self.forward_flops, self.strategy.batch_size) * cohort.steps)
-        losses = np.where(took_part, losses, np.nan)
+        flops = took_part * float(step_flops(self.forward_flops, self.strategy.batch_size)) * merging.steps
+        losses = np.where(took_part, merging.losses / merging.steps, np.nan)
         due = after.round % self.evaluate_every == 0 or after.round == self.rounds
         test_loss, accuracy = (
             evaluate(self.executor, self.shared, after.params, len(self.data.test), self.seed) if due else (np.nan, np.nan)
@@ -227,16 +268,29 @@ class Training:
                 "bytes_down": cost.bytes_down,
                 "flops": flops,
                 "seconds": busy_seconds(schedule.points, cohort.step_seconds, cohort.up_seconds, cohort.down_seconds),
+                "block": merging.blocks,
             },
         )
 
 
 def _check_schedule(strategy: Strategy, communication: UploadSchedule, cohort: int, payloads: tuple[Payload, Payload]) -> None:
+    if strategy.local_epochs is not None and communication != Uniform():
+        raise ValueError(
+            f"local_epochs={strategy.local_epochs:g} needs one upload a round, at its end: use Uniform(), not {communication!r}"
+        )
     communication.validate(cohort, strategy.local_steps, sum(p.total for p in payloads))
     if not (strategy.mixed or communication.uniform):
         raise ValueError(
             f"{type(strategy).__name__} needs one schedule for all clients of a round, but {communication!r} mixes them; use Uniform"
         )
+
+
+def _payloads(strategy: Strategy, layout: Layout, sizes: Sizes) -> tuple[Payload, Payload]:
+    """One upload and one download; a compressed upload carries its scalars uncompressed."""
+    up, down = strategy.payload(layout)
+    if strategy.compression is not None:
+        up = Payload(parameters=strategy.compression.bytes(sizes.upload, np.dtype(layout.dtype).itemsize), scalars=up.scalars)
+    return up, down
 
 
 def _check_points(communication: UploadSchedule, schedule: Schedule, steps: int) -> None:

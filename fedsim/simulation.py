@@ -158,8 +158,10 @@ def resume(path: str | Path, *, executor: Executor | None = None, progress: bool
     return drive_stored(path, executor=executor, progress=progress, trusted=trusted)
 
 
-def train_steps(simulation: Simulation, executor: Executor, state: TrainState | None = None) -> Iterator[Step]:
-    """One step a round, from ``state`` on."""
+def train_steps(
+    simulation: Simulation, executor: Executor, state: TrainState | None = None, directory: Path | None = None
+) -> Iterator[Step]:
+    """One step a round, from ``state`` on; what clients keep between rounds lies under ``directory``, or in a temporary one."""
     training = Training.prepare(
         task=simulation.task,
         fleet=simulation.fleet,
@@ -170,6 +172,7 @@ def train_steps(simulation: Simulation, executor: Executor, state: TrainState | 
         lanes=simulation.lanes,
         seed=simulation.seed,
         executor=executor,
+        directory=directory,
     )
     state = state or training.init()
     while state.round < simulation.rounds:

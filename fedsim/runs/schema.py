@@ -45,6 +45,7 @@ SCHEMAS: dict[str, Any] = {
             "bytes_down": _INT,
             "flops": _FLOAT,
             "seconds": _FLOAT,
+            "block": _TEXT,
         }
     ),
     "deployments": pa.schema(

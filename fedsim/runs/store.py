@@ -43,6 +43,11 @@ class RunStore:
         self.path = path
         self.trusted = ("fedsim", "detection", *trusted)
 
+    @property
+    def client_directory(self) -> Path:
+        """Where clients' states lie between rounds, for strategies that keep any."""
+        return self.path / "clients"
+
     @classmethod
     def create(cls, out: str | Path, simulation: Any, *, recipe: str | None = None, trusted: tuple[str, ...] = ()) -> "RunStore":
         """The locked directory of ``simulation`` under ``out``: a new one, or the one a killed run left.

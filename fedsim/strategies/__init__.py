@@ -1,6 +1,6 @@
 """Federated strategies, one file each."""
 
-from fedsim.strategies.base import Due, Strategy
+from fedsim.strategies.base import Due, ServerState, Strategy, Trained
 from fedsim.strategies.fedavg import FedAvg
 
-__all__ = ["Due", "FedAvg", "Strategy"]
+__all__ = ["Due", "FedAvg", "ServerState", "Strategy", "Trained"]

@@ -49,6 +49,7 @@ def _rounds(rng: np.random.Generator, rounds: int) -> dict[str, dict[str, Any]]:
         "bytes_up": bytes_up,
         "bytes_down": bytes_up,
         "flops": np.full(rounds * cohort, 1.2e9),
+        "block": np.full(rounds * cohort, "0123456789abcdef"),
         "seconds": rng.gamma(3, 0.4, rounds * cohort),
     }
     total = lambda name: np.add.reduceat(per_client[name], at * cohort)  # noqa: E731

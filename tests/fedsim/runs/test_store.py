@@ -287,7 +287,7 @@ def test_status_tells_running_from_interrupted_from_complete(tmp_path):
 
 
 def test_records_become_rows_of_their_tables():
-    per_client = {name: np.arange(2) for name in SCHEMAS["clients"].names if name != "round"}
+    per_client = {name: np.arange(2) for name in SCHEMAS["clients"].names if name != "round"} | {"block": np.array(["a", "a"])}
     scalars = dict.fromkeys(SCHEMAS["rounds"].names, 1) | {"note": ""}
     at = {name: np.arange(3) for name in SCHEMAS["ticks"].names if name != "tick"}
     fleet = {name: np.arange(3) for name in SCHEMAS["deployments"].names} | {"device": np.array(["a", "b", "a"])}
