@@ -19,15 +19,24 @@ from fedsim.dense import DenseBlock, is_dense
 from fedsim.errors import ClientError, DivergedError, FedsimError
 from fedsim.lanes import Block, LaneBlock, LoopBlock
 from fedsim.parameters import Layout
-from fedsim.partition import Shards
 from fedsim.randomness import permutations
 from fedsim.runtime.batching import blocks
+from fedsim.shards import Shards
 from fedsim.strategies import Due, Strategy
 from fedsim.tasks.base import Dataset, Task
-from fedsim.updates import Partial, Vector, mean, tree_sum
+from fedsim.updates import Partial, Vector, mean, spread, tree_sum
 from fedsim.uploads import Sender, Sizes, fold
 
 Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """One model shape as workers train it: its task, its sizes, and which ``coordinates`` (Q,) of the whole model it holds; ``None``: all."""
+
+    task: Task
+    sizes: Sizes
+    coordinates: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +50,7 @@ class Unit:
 
     seed: int
     round: int
+    shape: int
     clients: Rows
     steps: NDArray[np.int64]
     lanes: int
@@ -76,17 +86,18 @@ class Outcome:
 
 
 def train_unit(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Outcome:
-    """Train a unit. Shared: ``task``, ``train`` (Dataset), ``shards``, ``strategy``, ``sizes``, ``state`` (the server's) and models (P,) by name.
+    """Train a unit. Shared: ``shapes``, ``train`` (Dataset), ``shards``, ``strategy``, ``state`` (the server's) and models (P,) by name.
 
     Raises ``DivergedError`` for a loss or a parameter that is not finite, and ``ClientError`` from an exception of user code.
     """
     strategy: Strategy = shared["strategy"]
-    team = _team(unit, shared, cache)
+    shape: Shape = shared["shapes"][unit.shape]
+    team = _team(unit, shape.task, shared, cache)
     rows = example_order(unit.seed, shared["shards"], unit.clients, unit.round, (unit.start, unit.points[-1]), strategy.batch_size)
     model, params, state = shared[unit.model], shared[unit.server], shared["state"]
     at, memory = unit.start, unit.memory
     for point, weights, share in zip(unit.points, unit.weights, unit.shares, strict=True):
-        leg = _Leg(unit, shared["train"], strategy, shared["sizes"], state, model, memory, weights, (at, point))
+        leg = _Leg(unit, shared["train"], strategy, shape, state, model, memory, weights, (at, point))
         nodes, memory = leg.run(team, rows[:, at - unit.start : point - unit.start])
         node = tree_sum(nodes)
         if point != unit.points[-1]:
@@ -123,10 +134,10 @@ def example_order(seed: int, shards: Shards, clients: Rows, round: int, steps: t
 Team = Sequence[tuple[slice, Block]]
 
 
-def _team(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Team:
+def _team(unit: Unit, task: Task, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Team:
     """The unit's blocks, each with its part of the unit's clients."""
-    task, strategy = shared["task"], shared["strategy"]
-    model, layout = _model(task, unit.seed, cache)
+    strategy = shared["strategy"]
+    model, layout = _model(unit.shape, task, unit.seed, cache)
     team: list[tuple[slice, Block]] = []
     for low, high in blocks(len(unit.clients), unit.lanes):
         clients, carry = unit.clients[low:high], None if unit.carry is None else unit.carry[low:high]
@@ -139,12 +150,12 @@ def _team(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]
     return team
 
 
-def _model(task: Task, seed: int, cache: MutableMapping[Any, Any]) -> tuple[torch.nn.Module, Layout]:
-    """A model of the task to train in; kept while the worker sees the same task."""
-    kept = cache.get("local model")
+def _model(shape: int, task: Task, seed: int, cache: MutableMapping[Any, Any]) -> tuple[torch.nn.Module, Layout]:
+    """A model of the task to train in; kept, for each shape, while the worker sees the same task."""
+    kept = cache.get(("local model", shape))
     if kept is None or kept[0] is not task or kept[1] != seed:
         model = task.build(seed).train()
-        kept = cache["local model"] = (task, seed, model, Layout.of(model))
+        kept = cache["local model", shape] = (task, seed, model, Layout.of(model))
     return kept[2], kept[3]
 
 
@@ -155,7 +166,7 @@ class _Leg:
     unit: Unit
     dataset: Dataset
     strategy: Strategy
-    sizes: Sizes
+    shape: Shape
     server: Any
     model: Vector
     memory: Vector | None
@@ -164,7 +175,8 @@ class _Leg:
 
     def run(self, team: Team, rows: Rows) -> tuple[list[Partial], Vector | None]:
         """Every block's node of the fold, and what the clients keep (n, S + S'), after the steps on ``rows`` (n, T, B)."""
-        start = torch.tensor(self.model)
+        held = self.shape.coordinates
+        start = torch.tensor(self.model if held is None else self.model[held])
         sent = []
         with torch.random.fork_rng(devices=[]):
             for part, block in team:
@@ -185,21 +197,23 @@ class _Leg:
         block.losses += found.sum(0)
 
     def _shift(self, part: slice) -> torch.Tensor | None:
-        if not self.sizes.strategy:
+        kept = self.shape.sizes.strategy
+        if not kept:
             return self.strategy.shift(torch.empty(part.stop - part.start, 0), self.server)
         assert self.memory is not None
-        return self.strategy.shift(torch.tensor(self.memory[part, : self.sizes.strategy]), self.server)
+        return self.strategy.shift(torch.tensor(self.memory[part, :kept]), self.server)
 
     def _send(self, block: Block, start: torch.Tensor, part: slice) -> tuple[Partial, Vector | None]:
         unit, (low, high) = self.unit, self.steps
-        sender = Sender(self.strategy, self.sizes, block.clients, unit.seed, unit.round, high)
+        sender = Sender(self.strategy, self.shape.sizes, block.clients, unit.seed, unit.round, high)
         taken = np.minimum(unit.steps[part], high) - low
         rows, memory = sender.send(start, block.ends(), taken, None if self.memory is None else self.memory[part], self.server)
-        finite = rows.isfinite().all(1).cpu().numpy()
-        if not finite.all():
-            client = int(block.clients[np.argmin(finite)])
+        node = fold(rows, self.weights[part])
+        if not np.isfinite(node.total).all():
+            client = int(block.clients[np.argmin(rows.isfinite().all(1).cpu().numpy())])
             raise DivergedError("parameters are not finite", client=client, round=unit.round, step=high)
-        return fold(rows, self.weights[part]), memory
+        held = self.shape.coordinates
+        return node if held is None else spread(node, held, len(self.model)), memory
 
 
 def _digest(node: Partial) -> str:

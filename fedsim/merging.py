@@ -65,7 +65,8 @@ class Merging:
 
     def _plan(self) -> list[Segment]:
         """Segments, chained where one worker should keep them."""
-        cut = segments(self.schedule.points)
+        levels = self.training.levels
+        cut = segments(self.schedule.points, None if levels is None else levels[self.clients].tolist())
         chained = [s for s in chains(cut) if len(s.points) == 1 or self._stays(s)]
         inside = {(s.members, p) for s in chained for p in s.points}
         return chained + [s for s in cut if (s.members, s.end) not in inside]
@@ -76,7 +77,7 @@ class Merging:
         if training.unit_blocks is not None:
             return count <= training.unit_blocks
         steps = (segment.end - segment.start) / len(segment.points)
-        flops = steps * len(segment.members) * step_flops(training.forward_flops, training.strategy.batch_size)
+        flops = steps * len(segment.members) * step_flops(training.shapes[segment.shape].forward_flops, training.strategy.batch_size)
         return count == 1 or training.executor.workers == 1 or flops < _CHEAP_FLOPS
 
     def _is_ready(self, segment: Segment) -> bool:
@@ -118,6 +119,7 @@ class Merging:
         return Unit(
             seed=training.seed,
             round=self.before.round,
+            shape=segment.shape,
             clients=self.clients[members],
             steps=self.steps[members],
             lanes=training.lanes,
@@ -156,7 +158,7 @@ class Merging:
     def _merge_in_order(self) -> None:
         """Merge every point whose segments are all there, up to the first that lacks one."""
         for point in [p for p in self.order if p > self.merged]:
-            ending = sorted((s for s in self.nodes if s.end == point), key=lambda s: s.start)
+            ending = sorted((s for s in self.nodes if s.end == point), key=lambda s: (s.start, s.shape))
             if sum(len(s.members) for s in ending) < len(self.due[point]):
                 return
             root = tree_sum([self.nodes.pop(s) for s in ending])

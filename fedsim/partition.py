@@ -1,6 +1,6 @@
 """How a data set is divided among clients: exactly (every example belongs to one client) and as a function of the seed.
 
-Exports :class:`Shards` and the partitions :class:`IID`, :class:`LabelShards`, :class:`Dirichlet`, :class:`ByKey`, :class:`BySize`.
+Exports the partitions :class:`IID`, :class:`LabelShards`, :class:`Dirichlet`, :class:`ByKey`, :class:`BySize`; for fleets larger than the data see :mod:`fedsim.resampled`.
 Only ``Dirichlet(minimum=0)`` and ``BySize`` with zeros leave clients empty; training sets those aside.
 """
 
@@ -9,57 +9,14 @@ Only ``Dirichlet(minimum=0)`` and ``BySize`` with zeros leave clients empty; tra
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.randomness import rng_for
+from fedsim.shards import Ints, Shards
 from fedsim.tasks.base import Dataset
-
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Shards:
-    """Client ``c`` holds the examples ``indices[offsets[c]:offsets[c + 1]]``: ``indices`` (N,), ``offsets`` (C + 1,)."""
-
-    indices: Ints
-    offsets: Ints
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def shard(self, client: int) -> Ints:
-        """Examples of one client, ascending."""
-        if not 0 <= client < len(self):
-            raise IndexError(f"client {client} is not in 0..{len(self) - 1}")
-        return self.indices[self.offsets[client] : self.offsets[client + 1]]
-
-    def examples(self, clients: Ints, places: Ints) -> Ints:
-        """The ``places[c, j]``-th example of each client, (n, k), for ``clients`` (n,) and ``places`` (n, k)."""
-        return self.indices[self.offsets[clients][:, None] + places]
-
-    @cached_property
-    def sizes(self) -> Ints:
-        """Examples of each client (C,)."""
-        return np.diff(self.offsets)
-
-    def examples(self, clients: Ints, places: Ints) -> Ints:
-        """The ``places[i, j]``-th example (n, k) of each of ``clients`` (n,), counted from 0. ``IndexError`` for a place outside a shard."""
-        if ((places < 0) | (places >= self.sizes[clients][:, None])).any():
-            raise IndexError(f"places must lie in each client's shard, got {places.min()} to {places.max()} for sizes {self.sizes[clients]}")
-        found: Ints = self.indices[self.offsets[clients][:, None] + places]
-        return found
-
-    def histogram(self, values: NDArray[np.integer], num: int) -> Ints:
-        """Counts (C, num) of the ``values`` (N,) in ``0..num - 1`` that each client's examples have."""
-        values = np.asarray(values)
-        if len(values) and not 0 <= values.min() <= values.max() < num:
-            raise ValueError(f"values must lie in 0..{num - 1}, got {values.min()} to {values.max()}")
-        owners = np.repeat(np.arange(len(self)), self.sizes)
-        return np.bincount(owners * num + values[self.indices], minlength=len(self) * num).reshape(-1, num)
 
 
 class Partition(Protocol):
@@ -104,7 +61,7 @@ class LabelShards:
 
     def split(self, dataset: Dataset, num_clients: int, seed: int) -> Shards:
         _check_clients(dataset, num_clients)
-        label, counts = _values(dataset, "label")
+        label, counts = values_of(dataset, "label")
         total, most = num_clients * self.labels_per_client, np.minimum(counts, num_clients)
         if not len(counts) <= total <= most.sum():
             raise ValueError(
@@ -146,7 +103,7 @@ class Dirichlet:
 
     def split(self, dataset: Dataset, num_clients: int, seed: int) -> Shards:
         _check_clients(dataset, num_clients, self.minimum)
-        value, counts = _values(dataset, self.by)
+        value, counts = values_of(dataset, self.by)
         rng = rng_for(seed, "partition", "dirichlet")
         shares = rng.dirichlet(np.full(num_clients, self.alpha), size=len(counts)).T
         bounds = np.rint(np.cumsum(shares, axis=0) * counts).astype(np.int64)
@@ -168,7 +125,7 @@ class ByKey:
 
     def split(self, dataset: Dataset, num_clients: int, seed: int) -> Shards:
         _check_clients(dataset, num_clients)
-        value, counts = _values(dataset, self.key)
+        value, counts = values_of(dataset, self.key)
         rng = rng_for(seed, "partition", "key")
         table = np.zeros((num_clients, len(counts)), np.int64)
         if num_clients <= len(counts):
@@ -247,7 +204,7 @@ def _check_clients(dataset: Dataset, num_clients: int, minimum: int = 1) -> None
         )
 
 
-def _values(dataset: Dataset, key: str) -> tuple[Ints, Ints]:
+def values_of(dataset: Dataset, key: str) -> tuple[Ints, Ints]:
     """Each example's value (N,) as a rank among the distinct values, and their counts (V,)."""
     if key not in dataset.keys:
         raise ValueError(f"the data set has no key {key!r}; its keys are {', '.join(sorted(dataset.keys)) or 'none'}")

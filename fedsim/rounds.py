@@ -14,20 +14,23 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from fedsim.clock import busy_seconds, forward_flops, round_seconds, step_flops
 from fedsim.communication import Cohort, Payload, Schedule, Uniform, UploadSchedule, summary_bytes, traffic
 from fedsim.evaluation import evaluate
 from fedsim.fleet import Fleet
 from fedsim.lanes import lanes_for, why_not_batched
+from fedsim.local_training import Shape
 from fedsim.merging import Merging
+from fedsim.nesting import Narrowed, narrowed
 from fedsim.parameters import Layout
-from fedsim.partition import Shards
 from fedsim.randomness import rng_for, uniforms
 from fedsim.records import Round
 from fedsim.runtime.batching import power_of_two
 from fedsim.runtime.client_state import ClientLog, ClientStates, retain
 from fedsim.runtime.executor import Executor, Shared
+from fedsim.shards import Shards
 from fedsim.strategies import Strategy
 from fedsim.tasks.base import Splits, Task
 from fedsim.updates import Vector
@@ -51,11 +54,33 @@ class TrainState:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class ModelShape:
+    """A model shape that clients train, one upload and one download of it, and the FLOPs of an example's forward pass."""
+
+    trained: Shape
+    payloads: tuple[Payload, Payload]
+    forward_flops: int
+
+    @classmethod
+    def of(
+        cls, task: Task, model: nn.Module, strategy: Strategy, server: Any, coordinates: NDArray[np.int64] | None = None
+    ) -> "ModelShape":
+        layout = Layout.of(model)
+        sizes = Sizes.of(strategy, layout, server)
+        return cls(
+            trained=Shape(task, sizes, coordinates),
+            payloads=_payloads(strategy, layout, sizes),
+            forward_flops=forward_flops(model, task.example),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Training:
     """Everything rounds need that does not change between them; made by :meth:`prepare`. ``lanes`` is the width of a block: it decides bits.
 
     ``unit_blocks`` (a power of two, ``None``: by number of workers) decides only where work runs. ``holders``: the clients with data, ascending.
     ``log`` holds what clients keep between rounds, if they keep anything; ``scratch`` is its directory where no other was given.
+    ``levels`` (C,) indexes ``shapes``: what each client trains, where not all train the whole model, which is the first of them.
     """
 
     task: Task
@@ -71,9 +96,9 @@ class Training:
     data: Splits
     shards: Shards
     layout: Layout
-    forward_flops: int
+    shapes: tuple[ModelShape, ...]
+    levels: NDArray[np.int64] | None
     counts: NDArray[np.int64] | None
-    payloads: tuple[Payload, Payload]
     shared: Mapping[str, Shared]
     holders: NDArray[np.int64]
     log: ClientLog | None
@@ -111,9 +136,9 @@ class Training:
             raise ValueError(f"all {len(fleet)} shards are empty: no client can train")
         model = task.build(seed)
         layout = Layout.of(model)
-        sizes = Sizes.of(strategy, layout, strategy.init(layout.flatten(model)))
-        payloads = _payloads(strategy, layout, sizes)
-        _check_schedule(strategy, communication, min(strategy.cohort, len(holders)), payloads)
+        shapes, levels = _shapes(task, fleet, strategy, model, seed)
+        sizes = shapes[0].trained.sizes
+        _check_schedule(strategy, communication, min(strategy.cohort, len(holders)), sum(p.total for p in shapes[0].payloads))
         scratch = TemporaryDirectory(prefix="fedsim-") if sizes.memory and directory is None else None
         where = Path(scratch.name) if scratch is not None else directory
         return cls(
@@ -130,16 +155,16 @@ class Training:
             data=data,
             shards=shards,
             layout=layout,
-            forward_flops=forward_flops(model, data.train.batch([0]).inputs),
+            shapes=shapes,
+            levels=levels,
             counts=_label_counts(task, data, shards) if communication.needs_labels else None,
-            payloads=payloads,
             shared={
                 "task": executor.share(task),
                 "train": executor.share(data.train),
                 "test": executor.share(data.test),
                 "shards": executor.share(shards),
                 "strategy": executor.share(strategy),
-                "sizes": executor.share(sizes),
+                "shapes": executor.share(tuple(shape.trained for shape in shapes)),
             },
             holders=holders,
             log=ClientLog(where, sizes.memory, layout.dtype) if sizes.memory and where is not None else None,
@@ -171,6 +196,17 @@ class Training:
         )
         notes = [schedule.note, waited, *self._short(clients), *self._summaries_note(state.round)]
         return after, self._record(state, after, cohort, schedule, merging, "; ".join(filter(None, notes)))
+
+    @property
+    def payloads(self) -> tuple[Payload, Payload]:
+        """One upload and one download of a client that trains the whole model."""
+        return self.shapes[0].payloads
+
+    def costs(self, clients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Bytes of an upload, bytes of a download and FLOPs of a local step of each client, (n,) each."""
+        rows = np.array([(*(p.total for p in s.payloads), step_flops(s.forward_flops, self.strategy.batch_size)) for s in self.shapes])
+        up, down, flops = rows.T[:, np.zeros(len(clients), np.int64) if self.levels is None else self.levels[clients]]
+        return up, down, flops
 
     def share_of(self, clients: NDArray[np.int64]) -> float:
         """The share of the whole fleet's weight that ``clients`` (n,) hold."""
@@ -209,17 +245,17 @@ class Training:
 
     def _cohort(self, clients: NDArray[np.int64], steps: NDArray[np.int64]) -> Cohort:
         """What a schedule may know; who takes fewer local steps than the most is quicker at each."""
-        up, down = self.payloads
-        flops = step_flops(self.forward_flops, self.strategy.batch_size)
+        largest_up, largest_down = self.payloads
+        up, down, flops = self.costs(clients)
         return Cohort(
             clients=clients,
             steps=int(steps.max()),
             fleet_size=len(self.fleet),
-            upload=up.total,
-            download=down.total,
+            upload=largest_up.total,
+            download=largest_down.total,
             step_seconds=flops / self.fleet.flops[clients] * (steps / steps.max()),
-            up_seconds=up.total / self.fleet.up[clients],
-            down_seconds=down.total / self.fleet.down[clients],
+            up_seconds=up / self.fleet.up[clients],
+            down_seconds=down / self.fleet.down[clients],
             counts=None if self.counts is None else self.counts[clients].astype(np.float64),
             totals=None if self.counts is None else self.counts.sum(0).astype(np.float64),
         )
@@ -237,8 +273,9 @@ class Training:
 
     def _record(self, before: TrainState, after: TrainState, cohort: Cohort, schedule: Schedule, merging: Merging, note: str) -> Round:
         took_part = np.array([bool(p) for p in schedule.points])
-        cost = traffic(schedule.points, *self.payloads)
-        flops = took_part * float(step_flops(self.forward_flops, self.strategy.batch_size)) * merging.steps
+        up, down, step = self.costs(cohort.clients)
+        cost = traffic(schedule.points, up, down)
+        flops = took_part * step.astype(np.float64) * merging.steps
         losses = np.where(took_part, merging.losses / merging.steps, np.nan)
         due = after.round % self.evaluate_every == 0 or after.round == self.rounds
         test_loss, accuracy = (
@@ -273,16 +310,34 @@ class Training:
         )
 
 
-def _check_schedule(strategy: Strategy, communication: UploadSchedule, cohort: int, payloads: tuple[Payload, Payload]) -> None:
+def _check_schedule(strategy: Strategy, communication: UploadSchedule, cohort: int, transfer: int) -> None:
     if strategy.local_epochs is not None and communication != Uniform():
         raise ValueError(
             f"local_epochs={strategy.local_epochs:g} needs one upload a round, at its end: use Uniform(), not {communication!r}"
         )
-    communication.validate(cohort, strategy.local_steps, sum(p.total for p in payloads))
+    communication.validate(cohort, strategy.local_steps, transfer)
     if not (strategy.mixed or communication.uniform):
         raise ValueError(
             f"{type(strategy).__name__} needs one schedule for all clients of a round, but {communication!r} mixes them; use Uniform"
         )
+
+
+def _shapes(
+    task: Task, fleet: Fleet, strategy: Strategy, model: nn.Module, seed: int
+) -> tuple[tuple[ModelShape, ...], NDArray[np.int64] | None]:
+    """The shapes that clients train, the whole model first, and which of them each client trains, (C,)."""
+    server = strategy.init(Layout.of(model).flatten(model))
+    whole = ModelShape.of(task, model, strategy, server)
+    if strategy.widths is None:
+        return (whole,), None
+    if whole.trained.sizes.memory or type(strategy).shift is not Strategy.shift:
+        raise ValueError(f"widths go with strategies and compressions that keep no state on clients, got {strategy!r}")
+    smap, submodels = narrowed(task, strategy.widths)
+    shapes = [whole]
+    for submodel in submodels[1:]:
+        narrow = Narrowed(task, submodel, smap, strategy.widths.scale)
+        shapes.append(ModelShape.of(narrow, narrow.build(seed), strategy, server, submodel.indices(smap)))
+    return tuple(shapes), strategy.widths.levels(fleet, smap, submodels, seed)
 
 
 def _payloads(strategy: Strategy, layout: Layout, sizes: Sizes) -> tuple[Payload, Payload]:

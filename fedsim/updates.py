@@ -103,6 +103,13 @@ def mean(root: Partial, otherwise: Vector) -> Vector:
     return np.where(held, chosen, otherwise).astype(otherwise.dtype)
 
 
+def spread(node: Partial, coordinates: NDArray[np.int64], size: int) -> Partial:
+    """A node over the ``coordinates`` (Q,) of a vector of ``size`` scalars, as a node over the whole vector."""
+    total, covered = np.zeros(size, node.total.dtype), np.zeros(size)
+    total[coordinates], covered[coordinates] = node.total, node.weight
+    return Partial(total, node.weight, covered)
+
+
 def _add(a: Partial, b: Partial) -> Partial:
     covered = None
     if a.covered is not None or b.covered is not None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,13 @@ class Traffic:
     bytes_down: NDArray[np.int64]
 
 
-def traffic(points: Sequence[Sequence[int]], up: Payload, down: Payload) -> Traffic:
-    """Traffic of a round in which client i uploads after the local steps ``points[i]``; a client without points costs nothing."""
+def traffic(points: Sequence[Sequence[int]], up: ArrayLike, down: ArrayLike) -> Traffic:
+    """Traffic of a round in which client i uploads after the local steps ``points[i]``; a client without points costs nothing.
+
+    ``up`` and ``down`` are bytes of one upload and one download, of all clients or of each (n,).
+    """
     uploads = np.array([len(p) for p in points], np.int64)
-    return Traffic(uploads, uploads * up.total, uploads * down.total)
+    return Traffic(uploads, uploads * np.asarray(up, np.int64), uploads * np.asarray(down, np.int64))
 
 
 def summary_bytes(num_labels: int) -> int:

@@ -16,27 +16,31 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Segment:
-    """Cohort positions ``members`` train from the model of point ``start`` to ``points[-1]``, merging among themselves at the points before it."""
+    """Cohort positions ``members``, all of one model ``shape``, train from the model of point ``start`` to ``points[-1]``.
+
+    At the points before it they merge among themselves.
+    """
 
     members: tuple[int, ...]
     start: int
     points: tuple[int, ...]
+    shape: int = 0
 
     @property
     def end(self) -> int:
         return self.points[-1]
 
 
-def segments(points: Sequence[Sequence[int]]) -> tuple[Segment, ...]:
-    """The round as segments of one point each, by point and then by start."""
-    at = [0] * len(points)
+def segments(points: Sequence[Sequence[int]], shapes: Sequence[int] | None = None) -> tuple[Segment, ...]:
+    """The round as segments of one point each, by point, by start and by model shape (``shapes`` (n,); ``None``: all alike)."""
+    at, shape = [0] * len(points), [0] * len(points) if shapes is None else shapes
     cut = []
     for point, due in by_point(points):
-        positions = due.tolist()
-        for start in sorted({at[i] for i in positions}):
-            cut.append(Segment(tuple(i for i in positions if at[i] == start), start, (point,)))
-        for i in positions:
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for i in due.tolist():
+            kinds.setdefault((at[i], shape[i]), []).append(i)
             at[i] = point
+        cut += [Segment(tuple(members), start, (point,), kind) for (start, kind), members in sorted(kinds.items())]
     return tuple(cut)
 
 
@@ -51,7 +55,7 @@ def chains(cut: Sequence[Segment]) -> tuple[Segment, ...]:
         alone = before is not None and len(merging[segment.start]) == 1
         if before is not None and alone and following[segment.start] == segment.end:
             del joined[segment.members, segment.start]
-            segment = Segment(segment.members, before.start, (*before.points, segment.end))
+            segment = Segment(segment.members, before.start, (*before.points, segment.end), segment.shape)
         joined[segment.members, segment.end] = segment
     return tuple(joined.values())
 

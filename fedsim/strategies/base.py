@@ -13,6 +13,7 @@ from fedsim.updates import Vector
 
 if TYPE_CHECKING:
     from fedsim.communication.compression import Compression
+    from fedsim.nesting import Widths
 
 ServerState = Any
 
@@ -51,7 +52,8 @@ class Strategy:
 
     ``local_steps`` steps a round (E) on batches of exactly ``batch_size``; with ``local_epochs`` a client of ``n_i`` examples takes
     ``floor(local_epochs n_i / batch_size)`` instead, at least one. ``clip`` bounds the gradient's norm; momentum starts at zero every
-    round. ``compression`` is applied to what a client uploads, as a difference from the model handed out. ``weighting`` merges by sample
+    round. ``compression`` is applied to what a client uploads, as a difference from the model handed out; with ``widths`` a client trains and
+    uploads the part of the model that its device allows. ``weighting`` merges by sample
     count or equally. ``mixed``: legal where clients of a round have different sync points.
     """
 
@@ -64,6 +66,7 @@ class Strategy:
     clip: float | None = None
     local_epochs: float | None = None
     compression: "Compression | None" = None
+    widths: "Widths | None" = None
     weighting: Literal["samples", "uniform"] = "samples"
 
     mixed: ClassVar[bool] = True

@@ -92,7 +92,7 @@ def test_the_ends_of_the_schedule_are_fedsgd_and_fedavg():
 
 def test_a_large_group_costs_the_bytes_computed_by_hand():
     schedule = DynamicFL(high=1, budget=0.3, tolerance=0.0).assign(cohort_of(np.eye(10) * 20), 0, 0)
-    cost = traffic(schedule.points, Payload(parameters=9_640, scalars=8), MODEL)
+    cost = traffic(schedule.points, Payload(parameters=9_640, scalars=8).total, MODEL.total)
     assert len(schedule.group) == 3
     assert cost.uploads.sum() == schedule.uploads == 199
     assert cost.bytes_up.sum() == 1_918_360 + 199 * 8
