@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.randomness import rng_for
-from fedsim.shards import Ints, Shards
+from fedsim.shards import Ints as Ints
+from fedsim.shards import Shards as Shards
 from fedsim.tasks.base import Dataset
 
 

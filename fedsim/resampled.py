@@ -62,7 +62,8 @@ class Resampled:
         if not self.spread:
             return np.full(num_clients, self.size)
         factors = np.exp(self.spread * rng_for(seed, "partition", "sizes").standard_normal(num_clients))
-        return np.maximum(np.rint(self.size * factors), 1).astype(np.int64)
+        sizes: Ints = np.maximum(np.rint(self.size * factors), 1).astype(np.int64)
+        return sizes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

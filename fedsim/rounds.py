@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsim.clock import busy_seconds, forward_flops, round_seconds, step_flops
+from fedsim.clock import busy_seconds, round_seconds, step_flops
 from fedsim.communication import Cohort, Payload, Schedule, Uniform, UploadSchedule, summary_bytes, traffic
 from fedsim.evaluation import evaluate
 from fedsim.fleet import Fleet
 from fedsim.lanes import lanes_for, why_not_batched
-from fedsim.local_training import Shape
 from fedsim.merging import Merging
-from fedsim.nesting import Narrowed, narrowed
+from fedsim.model_shapes import ModelShape, model_shapes
 from fedsim.parameters import Layout
 from fedsim.randomness import rng_for, uniforms
 from fedsim.records import Round
@@ -34,7 +33,6 @@ from fedsim.shards import Shards
 from fedsim.strategies import Strategy
 from fedsim.tasks.base import Splits, Task
 from fedsim.updates import Vector
-from fedsim.uploads import Sizes
 
 _WAITS = 1000
 
@@ -54,33 +52,13 @@ class TrainState:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ModelShape:
-    """A model shape that clients train, one upload and one download of it, and the FLOPs of an example's forward pass."""
-
-    trained: Shape
-    payloads: tuple[Payload, Payload]
-    forward_flops: int
-
-    @classmethod
-    def of(
-        cls, task: Task, model: nn.Module, strategy: Strategy, server: Any, coordinates: NDArray[np.int64] | None = None
-    ) -> "ModelShape":
-        layout = Layout.of(model)
-        sizes = Sizes.of(strategy, layout, server)
-        return cls(
-            trained=Shape(task, sizes, coordinates),
-            payloads=_payloads(strategy, layout, sizes),
-            forward_flops=forward_flops(model, task.example),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Training:
     """Everything rounds need that does not change between them; made by :meth:`prepare`. ``lanes`` is the width of a block: it decides bits.
+    ``lanes_note`` says, where the rule gave 1, why.
 
     ``unit_blocks`` (a power of two, ``None``: by number of workers) decides only where work runs. ``holders``: the clients with data, ascending.
     ``log`` holds what clients keep between rounds, if they keep anything; ``scratch`` is its directory where no other was given.
-    ``levels`` (C,) indexes ``shapes``: what each client trains, where not all train the whole model, which is the first of them.
+    ``totals`` (K,): the fleet's label counts, where the schedule reads them. ``levels`` (C,) indexes ``shapes``: what each client trains, where not all train the whole model, which is the first of them.
     """
 
     task: Task
@@ -91,6 +69,7 @@ class Training:
     seed: int
     executor: Executor
     lanes: int
+    lanes_note: str
     evaluate_every: int
     unit_blocks: int | None
     data: Splits
@@ -98,7 +77,7 @@ class Training:
     layout: Layout
     shapes: tuple[ModelShape, ...]
     levels: NDArray[np.int64] | None
-    counts: NDArray[np.int64] | None
+    totals: NDArray[np.float64] | None
     shared: Mapping[str, Shared]
     holders: NDArray[np.int64]
     log: ClientLog | None
@@ -136,11 +115,12 @@ class Training:
             raise ValueError(f"all {len(fleet)} shards are empty: no client can train")
         model = task.build(seed)
         layout = Layout.of(model)
-        shapes, levels = _shapes(task, fleet, strategy, model, seed)
+        shapes, levels = model_shapes(task, fleet, strategy, model, seed)
         sizes = shapes[0].trained.sizes
         _check_schedule(strategy, communication, min(strategy.cohort, len(holders)), sum(p.total for p in shapes[0].payloads))
         scratch = TemporaryDirectory(prefix="fedsim-") if sizes.memory and directory is None else None
         where = Path(scratch.name) if scratch is not None else directory
+        width, why = _lanes(task, model, data, strategy.batch_size, lanes)
         return cls(
             task=task,
             fleet=fleet,
@@ -149,7 +129,8 @@ class Training:
             rounds=rounds,
             seed=seed,
             executor=executor,
-            lanes=_lanes(task, model, data, strategy.batch_size, lanes),
+            lanes=width,
+            lanes_note=why,
             evaluate_every=evaluate_every,
             unit_blocks=None if unit_blocks is None else power_of_two(unit_blocks, "unit_blocks"),
             data=data,
@@ -157,7 +138,7 @@ class Training:
             layout=layout,
             shapes=shapes,
             levels=levels,
-            counts=_label_counts(task, data, shards) if communication.needs_labels else None,
+            totals=_label_totals(task, data, shards) if communication.needs_labels else None,
             shared={
                 "task": executor.share(task),
                 "train": executor.share(data.train),
@@ -194,7 +175,13 @@ class Training:
             clock=state.clock + seconds,
             clients=self._keep(state, clients, merging.memory),
         )
-        notes = [schedule.note, waited, *self._short(clients), *self._summaries_note(state.round)]
+        notes = [
+            self.lanes_note if state.round == 0 else "",
+            schedule.note,
+            waited,
+            *self._short(clients),
+            *self._summaries_note(state.round),
+        ]
         return after, self._record(state, after, cohort, schedule, merging, "; ".join(filter(None, notes)))
 
     @property
@@ -256,16 +243,20 @@ class Training:
             step_seconds=flops / self.fleet.flops[clients] * (steps / steps.max()),
             up_seconds=up / self.fleet.up[clients],
             down_seconds=down / self.fleet.down[clients],
-            counts=None if self.counts is None else self.counts[clients].astype(np.float64),
-            totals=None if self.counts is None else self.counts.sum(0).astype(np.float64),
+            counts=None if self.totals is None else self._label_counts(clients),
+            totals=self.totals,
         )
+
+    def _label_counts(self, clients: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Label histograms (n, K) of ``clients`` (n,)."""
+        return self.shards.histogram(self.data.train.keys["label"], self.task.num_classes, clients).astype(np.float64)
 
     def _short(self, clients: NDArray[np.int64]) -> list[str]:
         return [f"only {len(clients)} of {self.strategy.cohort} clients were available"] if len(clients) < self.strategy.cohort else []
 
     def _summary_bytes(self, round: int) -> int:
         """Label histograms are sent once, by every client that holds data, before the first round; their time is not on the clock."""
-        return 0 if self.counts is None or round > 0 else len(self.holders) * summary_bytes(self.counts.shape[1])
+        return 0 if self.totals is None or round > 0 else len(self.holders) * summary_bytes(len(self.totals))
 
     def _summaries_note(self, round: int) -> list[str]:
         sent = self._summary_bytes(round)
@@ -322,32 +313,6 @@ def _check_schedule(strategy: Strategy, communication: UploadSchedule, cohort: i
         )
 
 
-def _shapes(
-    task: Task, fleet: Fleet, strategy: Strategy, model: nn.Module, seed: int
-) -> tuple[tuple[ModelShape, ...], NDArray[np.int64] | None]:
-    """The shapes that clients train, the whole model first, and which of them each client trains, (C,)."""
-    server = strategy.init(Layout.of(model).flatten(model))
-    whole = ModelShape.of(task, model, strategy, server)
-    if strategy.widths is None:
-        return (whole,), None
-    if whole.trained.sizes.memory or type(strategy).shift is not Strategy.shift:
-        raise ValueError(f"widths go with strategies and compressions that keep no state on clients, got {strategy!r}")
-    smap, submodels = narrowed(task, strategy.widths)
-    shapes = [whole]
-    for submodel in submodels[1:]:
-        narrow = Narrowed(task, submodel, smap, strategy.widths.scale)
-        shapes.append(ModelShape.of(narrow, narrow.build(seed), strategy, server, submodel.indices(smap)))
-    return tuple(shapes), strategy.widths.levels(fleet, smap, submodels, seed)
-
-
-def _payloads(strategy: Strategy, layout: Layout, sizes: Sizes) -> tuple[Payload, Payload]:
-    """One upload and one download; a compressed upload carries its scalars uncompressed."""
-    up, down = strategy.payload(layout)
-    if strategy.compression is not None:
-        up = Payload(parameters=strategy.compression.bytes(sizes.upload, np.dtype(layout.dtype).itemsize), scalars=up.scalars)
-    return up, down
-
-
 def _check_points(communication: UploadSchedule, schedule: Schedule, steps: int) -> None:
     """A client's points rise and end with the round; ``ValueError`` naming the schedule where they do not."""
     for points in schedule.points:
@@ -355,19 +320,26 @@ def _check_points(communication: UploadSchedule, schedule: Schedule, steps: int)
             raise ValueError(f"{communication!r} gave sync points {points}; they must rise from 1 and end at local_steps={steps}")
 
 
-def _lanes(task: Task, model: Any, data: Splits, batch_size: int, lanes: int | None) -> int:
+def _lanes(task: Task, model: nn.Module, data: Splits, batch_size: int, lanes: int | None) -> tuple[int, str]:
+    """Width of the blocks, and where it was left to the rule and the rule says 1, why clients train one at a time."""
     batch = data.train.batch(np.arange(batch_size) % len(data.train))
     model.train()
-    if lanes is None:
-        return lanes_for(task, model, batch)
-    if power_of_two(lanes, "lanes") > 1 and (reason := why_not_batched(task, model, batch)) is not None:
-        raise ValueError(f"this model cannot train as {lanes} lanes of one program ({reason}); use lanes=1") from reason
-    return lanes
+    if lanes is not None:
+        if power_of_two(lanes, "lanes") > 1 and (reason := why_not_batched(task, model, batch)) is not None:
+            raise ValueError(f"this model cannot train as {lanes} lanes of one program ({reason}); use lanes=1") from reason
+        return lanes, ""
+    chosen = lanes_for(task, model, batch)
+    if chosen > 1:
+        return chosen, ""
+    reason = why_not_batched(task, model, batch)
+    why = "its layers are faster alone" if reason is None else f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
+    return 1, f"clients train one at a time, not as lanes of one program ({why})"
 
 
-def _label_counts(task: Task, data: Splits, shards: Shards) -> NDArray[np.int64] | None:
+def _label_totals(task: Task, data: Splits, shards: Shards) -> NDArray[np.float64]:
+    """The fleet's label counts (K,)."""
     if "label" not in data.train.keys:
         raise ValueError(
             'the schedule reads label counts, and the task\'s data has no key "label"; use RandomGroup, FastestGroup or Uniform'
         )
-    return shards.histogram(data.train.keys["label"], task.num_classes)
+    return shards.totals(data.train.keys["label"], task.num_classes)

@@ -41,7 +41,8 @@ class Shards:
         """All examples of one client."""
         if not 0 <= client < len(self):
             raise IndexError(f"client {client} is not in 0..{len(self) - 1}")
-        return self.examples(np.array([client]), np.arange(self.sizes[client])[None])[0]
+        only: Ints = self.examples(np.array([client]), np.arange(self.sizes[client])[None])[0]
+        return only
 
     def histogram(self, values: NDArray[np.integer], num: int, clients: Ints | None = None) -> Ints:
         """Counts (n, num) of the ``values`` (N,) in ``0..num - 1`` that the examples of each of ``clients`` (n,; all by default) have."""
@@ -49,10 +50,12 @@ class Shards:
         clients = np.arange(len(self)) if clients is None else np.asarray(clients)
         sizes = self.sizes[clients]
         counts = np.zeros((len(clients), num), np.int64)
-        for rows in runs(sizes):
-            places = np.broadcast_to(np.arange(sizes[rows].max()), (len(rows), sizes[rows].max()))
+        holders = np.flatnonzero(sizes)
+        for chosen in runs(sizes[holders]):
+            rows = holders[chosen]
+            places = np.arange(sizes[rows].max())[None]
             there = places < sizes[rows, None]
-            found = values[self.examples(clients[rows], np.where(there, places, 0))] if places.size else np.zeros(places.shape, np.int64)
+            found = values[self.examples(clients[rows], np.where(there, places, 0))]
             cells = (np.arange(len(rows))[:, None] * num + found)[there]
             counts[rows] = np.bincount(cells, minlength=len(rows) * num).reshape(-1, num)
         return counts

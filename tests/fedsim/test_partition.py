@@ -209,3 +209,17 @@ def test_unknown_keys_are_refused_with_the_keys_there_are() -> None:
 def test_bad_partitions_are_refused_with_a_reason(build: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("partition", PARTITIONS, ids=repr)
+def test_examples_by_place_are_those_of_the_shards(partition: Partition) -> None:
+    shards = partition.split(data(), 7, seed=4)
+    clients = np.array([6, 0, 3])
+    places = np.arange(12).reshape(3, 4) % shards.sizes[clients, None]
+    expected = np.stack([shards.shard(int(c))[row] for c, row in zip(clients, places, strict=True)])
+    np.testing.assert_array_equal(shards.examples(clients, places), expected)
+    np.testing.assert_array_equal(shards.histogram(data().targets, 4, clients), shards.histogram(data().targets, 4)[clients])
+    np.testing.assert_array_equal(shards.totals(data().targets, 4), shards.histogram(data().targets, 4).sum(0))
+    for wrong in (-1, int(shards.sizes[6])):
+        with pytest.raises(IndexError, match=f"place {wrong} is not in a shard"):
+            shards.examples(np.array([6]), np.array([[wrong]]))

@@ -559,7 +559,11 @@ class Branches(Blobs):
 
 
 def test_a_model_that_cannot_be_batched_trains_one_client_at_a_time_or_is_refused():
-    assert training(Branches(), fleet_of(LABELS, 20), Uniform(), lanes=None).lanes == 1
+    loop = training(Branches(), fleet_of(LABELS, 20), Uniform(), lanes=None)
+    assert loop.lanes == 1
+    notes = [record.note for record in run(loop)[1]]
+    assert "one at a time" in notes[0]
+    assert "one at a time" not in notes[1]
     with pytest.raises(ValueError, match="lanes=1"):
         training(Branches(), fleet_of(LABELS, 20), Uniform(), lanes=8)
 
