@@ -122,3 +122,12 @@ class Strategy:
     def payload(self, layout: Layout) -> tuple[Payload, Payload]:
         """One upload and one download of a client that holds the whole model; the upload carries the sample count (8 bytes)."""
         return Payload(parameters=layout.bytes, scalars=8), Payload(parameters=layout.bytes)
+
+
+def check_server(server_lr: float, **betas: float) -> None:
+    """``ValueError`` unless ``server_lr`` is positive and finite and the ``betas`` lie in [0, 1)."""
+    if not 0 < server_lr < float("inf"):
+        raise ValueError(f"server_lr must be positive and finite, got {server_lr}")
+    for name, value in betas.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}")
