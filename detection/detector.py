@@ -90,7 +90,7 @@ class Detector(ABC, Generic[S]):
         if active is not None:
             active = checked_mask(active, len(seen), "active")
             seen = np.where(active if seen.ndim == 1 else active[:, None], seen, 0.0)
-        if not _allowed(seen, self.takes_infinity).all():
+        if not _all_allowed(seen, self.takes_infinity):
             raise refused(seen, self.takes_infinity)
         return seen.astype(np.float64, copy=False), active
 
@@ -177,7 +177,7 @@ class ReflectedSum(Detector[DetectorState]):
                 f"the laws of this detector do not take observations of shape {x.shape}: got increments of shape {statistic.shape}"
             )
         statistic += state.statistic[rows]
-        if np.isnan(statistic.sum()):
+        if not getattr(self.increment, "bounded", False) and np.isnan(statistic.sum()):
             _refuse_overflow(statistic, rows.start)
         rising = np.add(state.rising[rows], 1, out=after.rising[rows])
         rising *= statistic > 0.0
@@ -219,6 +219,11 @@ def refused(x: Array, takes_infinity: bool) -> ValueError:
     return ValueError(
         f"{int(bad.sum())} active streams have an observation that is not allowed, the first is stream {int(bad.argmax())}; give {allowed}, or mark them inactive"
     )
+
+
+def _all_allowed(x: Array, takes_infinity: bool) -> bool:
+    """Whether every observation is allowed; the minimum is nan where one is, and spares an array of answers."""
+    return bool(np.min(x, initial=0.0) > -np.inf) if takes_infinity else bool(np.isfinite(x).all())
 
 
 def _allowed(x: Array, takes_infinity: bool) -> Mask:

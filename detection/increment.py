@@ -7,7 +7,7 @@ Clipping acts on the observation, ``x -> min(max(x, -clip), clip)``, before anyt
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import scipy
@@ -234,6 +234,8 @@ class StreamwiseLine:
     shift: Array
     low: float
     high: float
+
+    bounded: ClassVar[bool] = True  # never nan, so a sum of it need not be looked at
 
     def __call__(self, x: Array) -> Array:
         """Elementwise."""
