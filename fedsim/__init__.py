@@ -30,7 +30,13 @@ _EXPORTS = {
     "fedsim.runtime.ray": ("RayExecutor",),
     "fedsim.runtime.serial": ("SerialExecutor",),
     "fedsim.simulation": ("Simulation", "resume", "run", "simulate"),
-    "fedsim.strategies": ("FedAvg",),
+    "fedsim.availability": ("Always", "Diurnal", "Independent", "Trace"),
+    "fedsim.nesting": ("Widths",),
+    "fedsim.resampled": ("Resampled",),
+    "fedsim.stragglers": ("Deadline", "Dropout"),
+    "fedsim.strategies": (
+        "FedAdam", "FedAvg", "FedAvgM", "FedDyn", "FedNova", "FedProx", "FedYogi", "HeteroFL", "Scaffold",
+    ),
     "fedsim.stream": ("All", "Bernoulli", "Sampled", "Serving"),
     "fedsim.workers": ("Workers",),
 }  # fmt: skip

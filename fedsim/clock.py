@@ -48,16 +48,6 @@ def round_seconds(points: Sequence[Sequence[int]], step_seconds: ArrayLike, up_s
     return merged
 
 
-def busy_seconds(
-    points: Sequence[Sequence[int]], step_seconds: ArrayLike, up_seconds: ArrayLike, down_seconds: ArrayLike
-) -> NDArray[np.float64]:
-    """Seconds (n,) each client itself computes, uploads and downloads in the round, waiting left out."""
-    step, up, down = (np.asarray(v, np.float64) for v in (step_seconds, up_seconds, down_seconds))
-    uploads = np.array([len(p) for p in points], np.float64)
-    steps = np.array([p[-1] if p else 0 for p in points], np.float64)
-    return steps * step + uploads * (up + down)
-
-
 def by_point(points: Sequence[Sequence[int]]) -> list[tuple[int, NDArray[np.int64]]]:
     """The round's synchronisation points in order, each with the positions (ascending) of the clients due there."""
     due: dict[int, list[int]] = {}

@@ -155,6 +155,9 @@ def _recovered(
         rounds=last,
         evaluate_every=last,
         lanes=simulation.lanes,
+        availability=simulation.availability,
+        deadline=simulation.deadline,
+        dropout=simulation.dropout,
         seed=simulation.seed,
         executor=executor,
     )

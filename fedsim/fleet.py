@@ -158,7 +158,7 @@ class Fleet:
         (whole numbers; else 0), ``region_u`` and ``region_v`` (else unknown). Other columns are left aside. Raises ``ValueError``
         naming the columns that are missing and ``FileNotFoundError`` for a missing file.
         """
-        columns = _columns(table)
+        columns = read_columns(table)
         missing = [name for name in _POSITIVE if name not in columns]
         if missing:
             raise ValueError(f"the fleet table lacks column(s) {', '.join(missing)}; it has {', '.join(columns) or 'none'}")
@@ -298,7 +298,7 @@ def _places(group: NDArray[np.int32], groups: int, seed: int) -> Floats:
     return np.where(points > 1.0, 2.0 - points, points)
 
 
-def _columns(table: Any) -> dict[str, Any]:
+def read_columns(table: Any) -> dict[str, Any]:
     """Columns by name, of any of the forms that :meth:`Fleet.from_table` takes."""
     if isinstance(table, str | Path):
         table = _read(Path(table))

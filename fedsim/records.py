@@ -11,7 +11,7 @@ Columns = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Round:
-    """One federated round. Bytes are sums over clients (round 0 adds the label histograms a schedule may ask for), ``seconds`` and ``clock`` are simulated; test figures are ``nan`` when not evaluated."""
+    """One federated round. ``wasted_bytes`` and ``wasted_flops`` are what clients spent that were too slow or vanished. Bytes are sums over clients (round 0 adds the label histograms a schedule may ask for), ``seconds`` and ``clock`` are simulated; test figures are ``nan`` when not evaluated."""
 
     round: int
     cohort: NDArray[np.int64]
@@ -25,6 +25,8 @@ class Round:
     bytes_down: int
     cost_ratio: float
     flops: float
+    wasted_bytes: int
+    wasted_flops: float
     seconds: float
     clock: float
     note: str

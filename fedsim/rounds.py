@@ -7,7 +7,7 @@ and the tree of the fold follow from the cohort; units and workers do not touch 
 # C clients of the fleet, n of a cohort, K labels, P parameters
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -16,20 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsim.clock import busy_seconds, round_seconds, step_flops
-from fedsim.communication import Cohort, Payload, Schedule, Uniform, UploadSchedule, summary_bytes, traffic
+from fedsim.availability import Availability, Independent, draw_cohort
+from fedsim.clock import step_flops
+from fedsim.communication import Cohort, Payload, Uniform, UploadSchedule, summary_bytes
 from fedsim.evaluation import evaluate
 from fedsim.fleet import Fleet
 from fedsim.lanes import lanes_for, why_not_batched
 from fedsim.merging import Merging
 from fedsim.model_shapes import ModelShape, model_shapes
 from fedsim.parameters import Layout
-from fedsim.randomness import rng_for, uniforms
+from fedsim.plan import Plan
 from fedsim.records import Round
 from fedsim.runtime.batching import power_of_two
 from fedsim.runtime.client_state import ClientLog, ClientStates, retain
 from fedsim.runtime.executor import Executor, Shared
 from fedsim.shards import Shards
+from fedsim.stragglers import Deadline, Dropout
 from fedsim.strategies import Strategy
 from fedsim.tasks.base import Splits, Task
 from fedsim.updates import Vector
@@ -72,6 +74,9 @@ class Training:
     lanes_note: str
     evaluate_every: int
     unit_blocks: int | None
+    availability: Availability
+    deadline: Deadline | None
+    dropout: Dropout | None
     data: Splits
     shards: Shards
     layout: Layout
@@ -97,6 +102,9 @@ class Training:
         lanes: int | None = None,
         evaluate_every: int = 1,
         unit_blocks: int | None = None,
+        availability: Availability | None = None,
+        deadline: Deadline | None = None,
+        dropout: Dropout | None = None,
         directory: Path | None = None,
     ) -> Self:
         """Check the parts against each other, measure the model, and share what every round reads. ``evaluate_every`` rounds, and after the last, the test split is read.
@@ -120,6 +128,8 @@ class Training:
         _check_schedule(strategy, communication, min(strategy.cohort, len(holders)), sum(p.total for p in shapes[0].payloads))
         scratch = TemporaryDirectory(prefix="fedsim-") if sizes.memory and directory is None else None
         where = Path(scratch.name) if scratch is not None else directory
+        if deadline is not None and communication != Uniform():
+            raise ValueError(f"a deadline needs one upload a round, at its end: use Uniform(), not {communication!r}")
         width, why = _lanes(task, model, data, strategy.batch_size, lanes)
         return cls(
             task=task,
@@ -133,6 +143,9 @@ class Training:
             lanes_note=why,
             evaluate_every=evaluate_every,
             unit_blocks=None if unit_blocks is None else power_of_two(unit_blocks, "unit_blocks"),
+            availability=Independent() if availability is None else availability,
+            deadline=deadline,
+            dropout=dropout,
             data=data,
             shards=shards,
             layout=layout,
@@ -160,29 +173,24 @@ class Training:
 
     def step(self, state: TrainState) -> tuple[TrainState, Round]:
         """One round. Raises ``DivergedError`` or ``ClientError``; ``state`` is then still good."""
-        clients, waited = self._draw(state.round)
-        steps = self.strategy.steps(self.shards.sizes[clients])
-        cohort = self._cohort(clients, steps)
-        schedule = self.communication.assign(cohort, state.round, self.seed)
-        _check_points(self.communication, schedule, cohort.steps)
-        merging = Merging(self, state, clients, steps, schedule)
+        clients, begins = self.draw(state.round, state.clock)
+        plan = Plan.of(self, clients, state.round)
+        ends = begins + plan.seconds
+        if plan.failed:
+            return replace(state, round=state.round + 1, clock=ends), self._record(
+                state, None, ends, plan, self._notes(state, plan, begins)
+            )
+        merging = Merging(self, state, plan.clients, plan.steps, plan.schedule)
         params, server = merging.run()
-        seconds = round_seconds(schedule.points, cohort.step_seconds, cohort.up_seconds, cohort.down_seconds)
-        after = TrainState(
-            params=params,
-            server=server,
-            round=state.round + 1,
-            clock=state.clock + seconds,
-            clients=self._keep(state, clients, merging.memory),
-        )
-        notes = [
-            self.lanes_note if state.round == 0 else "",
-            schedule.note,
-            waited,
-            *self._short(clients),
-            *self._summaries_note(state.round),
-        ]
-        return after, self._record(state, after, cohort, schedule, merging, "; ".join(filter(None, notes)))
+        kept = self._keep(state, clients, merging.memory)
+        after = TrainState(params=params, server=server, round=state.round + 1, clock=ends, clients=kept)
+        return after, self._record(state, merging, ends, plan, self._notes(state, plan, begins))
+
+    def draw(self, round: int, clock: float) -> tuple[NDArray[np.int64], float]:
+        """The clients asked to take part, ascending, and the time from which enough of them are there."""
+        wanted = self.strategy.cohort
+        number = wanted if self.deadline is None else self.deadline.drawn(wanted)
+        return draw_cohort(self.availability, self.fleet, self.holders, number, clock=clock, round=round, seed=self.seed)
 
     @property
     def payloads(self) -> tuple[Payload, Payload]:
@@ -212,25 +220,7 @@ class Training:
             retain(self.log.directory, [state.clients, after])
         return after
 
-    def _draw(self, round: int) -> tuple[NDArray[np.int64], str]:
-        """The cohort: uniform without replacement among clients that hold data and are available; ascending ids."""
-        holders = self.holders
-        chance = self.fleet.availability[holders]
-        for wait in range(_WAITS):
-            present = (
-                holders
-                if (chance >= 1).all()
-                else holders[uniforms(self.seed, "availability", holders, round, 1, part=wait)[:, 0] < chance]
-            )
-            if len(present):
-                break
-        else:
-            raise ValueError(f"no client was available in {_WAITS} draws of round {round}; raise availability")
-        if len(present) > self.strategy.cohort:
-            present = np.sort(rng_for(self.seed, "cohort", round).choice(present, self.strategy.cohort, replace=False))
-        return present.astype(np.int64), f"nobody was available {wait} times before" if wait else ""
-
-    def _cohort(self, clients: NDArray[np.int64], steps: NDArray[np.int64]) -> Cohort:
+    def cohort(self, clients: NDArray[np.int64], steps: NDArray[np.int64]) -> Cohort:
         """What a schedule may know; who takes fewer local steps than the most is quicker at each."""
         largest_up, largest_down = self.payloads
         up, down, flops = self.costs(clients)
@@ -251,52 +241,64 @@ class Training:
         """Label histograms (n, K) of ``clients`` (n,)."""
         return self.shards.histogram(self.data.train.keys["label"], self.task.num_classes, clients).astype(np.float64)
 
-    def _short(self, clients: NDArray[np.int64]) -> list[str]:
-        return [f"only {len(clients)} of {self.strategy.cohort} clients were available"] if len(clients) < self.strategy.cohort else []
+    def _notes(self, state: TrainState, plan: "Plan", begins: float) -> str:
+        sent = self._summary_bytes(state.round)
+        notes = [
+            self.lanes_note if state.round == 0 else "",
+            plan.schedule.note,
+            f"nobody was available for {begins - state.clock:g} seconds before" if begins > state.clock else "",
+            f"only {len(plan.clients)} of {self.strategy.cohort} clients were available"
+            if len(plan.clients) < self.strategy.cohort
+            else "",
+            *plan.notes,
+            f"bytes_up includes {sent} bytes of label histograms from all {len(self.holders)} clients with data" if sent else "",
+        ]
+        return "; ".join(filter(None, notes))
 
     def _summary_bytes(self, round: int) -> int:
         """Label histograms are sent once, by every client that holds data, before the first round; their time is not on the clock."""
         return 0 if self.totals is None or round > 0 else len(self.holders) * summary_bytes(len(self.totals))
 
-    def _summaries_note(self, round: int) -> list[str]:
-        sent = self._summary_bytes(round)
-        return [f"bytes_up includes {sent} bytes of label histograms from all {len(self.holders)} clients with data"] if sent else []
-
-    def _record(self, before: TrainState, after: TrainState, cohort: Cohort, schedule: Schedule, merging: Merging, note: str) -> Round:
-        took_part = np.array([bool(p) for p in schedule.points])
-        up, down, step = self.costs(cohort.clients)
-        cost = traffic(schedule.points, up, down)
-        flops = took_part * step.astype(np.float64) * merging.steps
-        losses = np.where(took_part, merging.losses / merging.steps, np.nan)
-        due = after.round % self.evaluate_every == 0 or after.round == self.rounds
-        test_loss, accuracy = (
-            evaluate(self.executor, self.shared, after.params, len(self.data.test), self.seed) if due else (np.nan, np.nan)
-        )
+    def _record(self, before: TrainState, merging: Merging | None, ends: float, plan: "Plan", note: str) -> Round:
+        round = before.round + 1
+        cohort, uploads = plan.cohort, plan.uploads
+        took_part = uploads > 0
+        losses = np.full(len(cohort), np.nan)
+        blocks = np.full(len(cohort), "", "U16")
+        if merging is not None:
+            losses[took_part] = merging.losses[took_part] / plan.trained[took_part]
+            blocks = merging.blocks
+        due = round % self.evaluate_every == 0 or round == self.rounds
+        params = before.params if merging is None else merging.params
+        test_loss, accuracy = evaluate(self.executor, self.shared, params, len(self.data.test), self.seed) if due else (np.nan, np.nan)
+        merged = took_part.any() and merging is not None
         return Round(
             round=before.round,
             cohort=cohort.clients,
-            group=cohort.clients[schedule.group],
-            distance=schedule.distance,
-            train_loss=float(np.average(losses[took_part], weights=self.shards.sizes[cohort.clients[took_part]])),
+            group=cohort.clients[plan.schedule.group],
+            distance=plan.schedule.distance,
+            train_loss=float(np.average(losses[took_part], weights=self.shards.sizes[cohort.clients[took_part]])) if merged else np.nan,
             test_loss=test_loss,
             test_accuracy=accuracy,
-            uploads=int(cost.uploads.sum()),
-            bytes_up=int(cost.bytes_up.sum()) + self._summary_bytes(before.round),
-            bytes_down=int(cost.bytes_down.sum()),
-            cost_ratio=schedule.uploads / (len(cohort) * cohort.steps),
-            flops=float(flops.sum()),
-            seconds=after.clock - before.clock,
-            clock=after.clock,
+            uploads=int(uploads.sum()),
+            bytes_up=int(plan.bytes_up.sum()) + self._summary_bytes(before.round),
+            bytes_down=int(plan.bytes_down.sum()),
+            cost_ratio=float(uploads.sum() / (len(cohort) * cohort.steps)),
+            flops=float(plan.flops.sum()),
+            wasted_bytes=int(plan.wasted_bytes),
+            wasted_flops=float(plan.wasted_flops),
+            seconds=ends - before.clock,
+            clock=ends,
             note=note,
             clients={
                 "client": cohort.clients,
                 "train_loss": losses,
-                "uploads": cost.uploads,
-                "bytes_up": cost.bytes_up,
-                "bytes_down": cost.bytes_down,
-                "flops": flops,
-                "seconds": busy_seconds(schedule.points, cohort.step_seconds, cohort.up_seconds, cohort.down_seconds),
-                "block": merging.blocks,
+                "uploads": uploads,
+                "bytes_up": plan.bytes_up,
+                "bytes_down": plan.bytes_down,
+                "flops": plan.flops,
+                "seconds": plan.busy,
+                "block": blocks,
             },
         )
 
@@ -311,13 +313,6 @@ def _check_schedule(strategy: Strategy, communication: UploadSchedule, cohort: i
         raise ValueError(
             f"{type(strategy).__name__} needs one schedule for all clients of a round, but {communication!r} mixes them; use Uniform"
         )
-
-
-def _check_points(communication: UploadSchedule, schedule: Schedule, steps: int) -> None:
-    """A client's points rise and end with the round; ``ValueError`` naming the schedule where they do not."""
-    for points in schedule.points:
-        if points and (list(points) != sorted(set(points)) or points[0] < 1 or points[-1] != steps):
-            raise ValueError(f"{communication!r} gave sync points {points}; they must rise from 1 and end at local_steps={steps}")
 
 
 def _lanes(task: Task, model: nn.Module, data: Splits, batch_size: int, lanes: int | None) -> tuple[int, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.availability import Availability, Independent
 from fedsim.capacity import Capacity
 from fedsim.communication import Uniform, UploadSchedule
 from fedsim.deployment import deploy, record, recover
@@ -21,6 +22,7 @@ from fedsim.records import Deployment, Record, Round
 from fedsim.rounds import Training, TrainState
 from fedsim.runtime.executor import Executor
 from fedsim.serving import Memo, Server, ServingState
+from fedsim.stragglers import Deadline, Dropout
 from fedsim.strategies import Strategy
 from fedsim.stream import Serving, Stream
 from fedsim.submodels import DenseModel, Deployed
@@ -38,7 +40,8 @@ class Simulation:
     ``rounds`` of training with ``strategy`` under the upload schedule ``communication``; submodels from ``deployment`` for
     devices that ``capacity`` measures, universal ones trained for ``recovery_rounds`` more; ``serving`` with
     ``monitoring`` and ``policy``, whose jobs queue for ``workers``. ``lanes`` is the width of batched client blocks
-    (``None``: by rule from the model). Raises ``ValueError`` for parts that contradict each other.
+    (``None``: by rule from the model). ``availability`` says when clients take part in training, ``deadline`` how long a round waits for them,
+    ``dropout`` how often one vanishes. Raises ``ValueError`` for parts that contradict each other.
     """
 
     task: Task
@@ -48,6 +51,9 @@ class Simulation:
     rounds: int = 50
     evaluate_every: int = 5
     lanes: int | None = None
+    availability: Availability = field(default_factory=Independent)
+    deadline: Deadline | None = None
+    dropout: Dropout | None = None
     deployment: Pruner = field(default_factory=GISP)
     capacity: Capacity = field(default_factory=Capacity)
     recovery_rounds: int = 0
@@ -170,6 +176,9 @@ def train_steps(
         rounds=simulation.rounds,
         evaluate_every=simulation.evaluate_every,
         lanes=simulation.lanes,
+        availability=simulation.availability,
+        deadline=simulation.deadline,
+        dropout=simulation.dropout,
         seed=simulation.seed,
         executor=executor,
         directory=directory,

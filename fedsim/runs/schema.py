@@ -30,6 +30,8 @@ SCHEMAS: dict[str, Any] = {
             "bytes_down": _INT,
             "cost_ratio": _FLOAT,
             "flops": _FLOAT,
+            "wasted_bytes": _INT,
+            "wasted_flops": _FLOAT,
             "seconds": _FLOAT,
             "clock": _FLOAT,
             "note": _TEXT,

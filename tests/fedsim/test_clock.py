@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from numpy.testing import assert_allclose
 from torch import nn
 
-from fedsim.clock import busy_seconds, forward_flops, round_seconds, step_flops
+from fedsim.clock import forward_flops, round_seconds, step_flops
 
 
 def test_flops_of_a_perceptron_are_two_per_multiply_add():
@@ -41,7 +40,6 @@ def test_a_client_that_only_ends_with_the_round_does_not_wait_before():
 
 def test_a_client_without_points_costs_no_time():
     assert round_seconds([(2,), ()], [1, 100], [1, 1], [1, 1]) == 4.0
-    assert_allclose(busy_seconds([(1, 2), ()], [1, 100], [1, 1], [0.5, 1]), [5.0, 0.0])
 
 
 def test_more_than_one_example_is_refused():

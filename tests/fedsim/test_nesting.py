@@ -74,7 +74,7 @@ def written_out(training, every, scale=True):
     sizes = np.cumsum([int(np.prod(s)) for s in names])[:-1]
     whole = [v.reshape(s) for v, s in zip(np.split(training.init().params, sizes), names, strict=True)]
     for r in range(training.rounds):
-        clients = training._draw(r)[0]
+        clients = training.draw(r, 0.0)[0]
         rows = example_order(1, training.shards, clients, r, (0, strategy.local_steps), strategy.batch_size)
         for at in range(0, strategy.local_steps, every):
             totals, held = [np.zeros_like(v) for v in whole], [np.zeros_like(v) for v in whole]

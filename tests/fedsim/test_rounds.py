@@ -239,7 +239,7 @@ def plain_loop(prepared, every, *, batch_rounds=None, rounds=None):
     data, params = task.data().train, prepared.init().params
     model = task.build(prepared.seed)
     for r in range(prepared.rounds):
-        clients, _ = prepared._draw(r)
+        clients, _ = prepared.draw(r, 0.0)
         shards = {c: prepared.shards.shard(c) for c in clients}
         total = sum(len(s) for s in shards.values())
         streams = {c: example_stream(prepared.seed, c, r, shards[c]) for c in clients}
@@ -447,22 +447,22 @@ def test_the_cohort_is_a_function_of_seed_and_round_and_ascends():
     prepared = training(Blobs(), fleet_of(LABELS, 20), Uniform())
     again = training(MappedBlobs(16), fleet_of(LABELS, 20), FedSGD())
     for r in range(5):
-        drawn, _ = prepared._draw(r)
-        assert_array_equal(drawn, again._draw(r)[0])
+        drawn, _ = prepared.draw(r, 0.0)
+        assert_array_equal(drawn, again.draw(r, 0.0)[0])
         assert (np.diff(drawn) > 0).all()
-    assert len({tuple(prepared._draw(r)[0]) for r in range(5)}) == 5
+    assert len({tuple(prepared.draw(r, 0.0)[0]) for r in range(5)}) == 5
 
 
 def test_every_client_is_drawn_equally_often():
     prepared = training(Blobs(), fleet_of(LABELS, 20), Uniform())
-    counts = np.bincount(np.concatenate([prepared._draw(r)[0] for r in range(1000)]), minlength=20)
+    counts = np.bincount(np.concatenate([prepared.draw(r, 0.0)[0] for r in range(1000)]), minlength=20)
     assert np.abs(counts - 400).max() < 5 * np.sqrt(1000 * 0.4 * 0.6)
 
 
 def test_availability_thins_the_cohort_and_is_said():
     fleet = fleet_of(LABELS, 20, availability=np.where(np.arange(20) < 10, 1.0, 0.2))
     prepared = training(Blobs(), fleet, Uniform(), strategy=FedAvg(cohort=20, local_steps=2, batch_size=5), rounds=1)
-    counts = np.bincount(np.concatenate([prepared._draw(r)[0] for r in range(500)]), minlength=20)
+    counts = np.bincount(np.concatenate([prepared.draw(r, 0.0)[0] for r in range(500)]), minlength=20)
     assert (counts[:10] == 500).all()
     assert np.abs(counts[10:] - 100).max() < 50
     _, (record,) = run(prepared)
@@ -471,16 +471,16 @@ def test_availability_thins_the_cohort_and_is_said():
 
 def test_a_round_with_nobody_waits_for_somebody():
     prepared = training(Blobs(), fleet_of(LABELS, 20, availability=np.full(20, 0.01)), Uniform(), rounds=1)
-    draws = [prepared._draw(r) for r in range(30)]
+    draws = [prepared.draw(r, 5.0) for r in range(30)]
     assert all(len(clients) for clients, _ in draws)
-    assert any("nobody was available" in note for _, note in draws)
+    assert any(begins > 5.0 for _, begins in draws)
 
 
 def test_clients_without_data_are_never_drawn():
     task = Quadratics(sizes=(5, 0, 3))
     with pytest.warns(UserWarning, match="hold no examples"):
         prepared = training(task, fleet_of(Consecutive(task.sizes), 3), Uniform(), strategy=FedAvg(cohort=3, local_steps=2, batch_size=1))
-    assert_array_equal(prepared._draw(0)[0], [0, 2])
+    assert_array_equal(prepared.draw(0, 0.0)[0], [0, 2])
 
 
 def test_a_state_survives_encoding_and_training_goes_on_from_it():

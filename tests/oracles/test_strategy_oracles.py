@@ -130,7 +130,7 @@ def scaffold_by_hand(rounds, cohorts, rate=0.1, steps=5):
 def test_scaffold_follows_its_algorithm_with_states_kept_over_rounds(lanes):
     strategy = replace(Scaffold(**PLAIN, weighting="uniform"), cohort=2)
     path, _, training = train(strategy, 12, lanes=lanes)
-    assert_allclose(path, scaffold_by_hand(12, [training._draw(r)[0] for r in range(12)]), rtol=1e-12)
+    assert_allclose(path, scaffold_by_hand(12, [training.draw(r, 0.0)[0] for r in range(12)]), rtol=1e-12)
 
 
 def test_each_merge_of_a_uniform_interval_is_a_round_of_scaffold():

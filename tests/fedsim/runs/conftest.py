@@ -65,6 +65,8 @@ def _rounds(rng: np.random.Generator, rounds: int) -> dict[str, dict[str, Any]]:
         "bytes_down": total("bytes_down"),
         "cost_ratio": np.full(rounds, 0.3),
         "flops": total("flops"),
+        "wasted_bytes": np.zeros(rounds, np.int64),
+        "wasted_flops": np.zeros(rounds),
         "seconds": seconds,
         "clock": np.cumsum(seconds),
         "note": np.full(rounds, ""),
