@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "fedsim.capacity": ("Capacity",),
     "fedsim.communication": ("Bytes", "DynaComm", "DynamicFL", "Exact", "FastestGroup", "FedSGD", "Intervals", "RandomGroup", "Uniform"),
+    "fedsim.communication.compression": ("ErrorFeedback", "Quantised", "Sign", "TopK"),
     "fedsim.branching": ("fork",),
     "fedsim.comparison": ("PolicyComparison", "compare"),
     "fedsim.drift": (

@@ -63,5 +63,5 @@ def _payloads(strategy: Strategy, layout: Layout, sizes: Sizes) -> tuple[Payload
     """One upload and one download; a compressed upload carries its scalars uncompressed."""
     up, down = strategy.payload(layout)
     if strategy.compression is not None:
-        up = Payload(parameters=strategy.compression.bytes(sizes.upload, np.dtype(layout.dtype).itemsize), scalars=up.scalars)
+        up = Payload(parameters=strategy.compression.wire_bytes(sizes.upload, np.dtype(layout.dtype).itemsize), scalars=up.scalars)
     return up, down

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.communication.compression import Senders
 from fedsim.parameters import Layout
 from fedsim.strategies import ServerState, Strategy, Trained
 from fedsim.updates import Partial, Vector, fold_dtype, tree
@@ -79,7 +80,7 @@ class Sender:
         if rule is None:
             return upload, residual
         base = torch.cat([start, start.new_zeros(self.sizes.upload - self.sizes.model)])
-        received, residual = rule.compress(upload - base, residual, self.clients, self.seed, self.round, self.step)
+        received, residual = rule.compress(upload - base, residual, Senders(self.clients, self.seed, self.round, self.step))
         return base + received, residual
 
 

@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.communication.compression import Compression
 from fedsim.communication.cost import Payload
 from fedsim.parameters import Layout
 from fedsim.updates import Vector
 
 if TYPE_CHECKING:
-    from fedsim.communication.compression import Compression
     from fedsim.nesting import Widths
 
 ServerState = Any
@@ -65,7 +65,7 @@ class Strategy:
     weight_decay: float = 0.0
     clip: float | None = None
     local_epochs: float | None = None
-    compression: "Compression | None" = None
+    compression: Compression | None = None
     widths: "Widths | None" = None
     weighting: Literal["samples", "uniform"] = "samples"
 
