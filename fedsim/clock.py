@@ -29,7 +29,7 @@ def step_flops(forward: int, batch_size: int) -> int:
     return 3 * forward * batch_size
 
 
-def round_seconds(points: Sequence[Sequence[int]], step_seconds: ArrayLike, up_seconds: ArrayLike, down_seconds: ArrayLike) -> float:
+def round_seconds(points: Sequence[tuple[int, ...]], step_seconds: ArrayLike, up_seconds: ArrayLike, down_seconds: ArrayLike) -> float:
     """Duration of a round in which client i uploads after the local steps ``points[i]``; an empty list sits out.
 
     Every client downloads, computes up to its next point and uploads; a merge waits for the last of the clients due
@@ -48,8 +48,10 @@ def round_seconds(points: Sequence[Sequence[int]], step_seconds: ArrayLike, up_s
     return merged
 
 
-def by_point(points: Sequence[Sequence[int]]) -> list[tuple[int, NDArray[np.int64]]]:
+def by_point(points: Sequence[tuple[int, ...]]) -> list[tuple[int, NDArray[np.int64]]]:
     """The round's synchronisation points in order, each with the positions (ascending) of the clients due there."""
+    if len(set(points)) == 1:
+        return [(point, np.arange(len(points))) for point in points[0]]
     due: dict[int, list[int]] = {}
     for position, own in enumerate(points):
         for point in own:

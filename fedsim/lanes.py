@@ -30,7 +30,7 @@ _CACHE_BYTES = 4 * 2**20
 
 
 def lanes_for(task: Task, model: nn.Module, batch: Batch) -> int:
-    """Width of the blocks by rule, never by timing: up to 32 for linear models, 16 for convolutions on pictures up to 16 x 16, else 1 (the loop).
+    """Width of the blocks by rule, never by timing: up to 64 for linear models, 16 for convolutions on pictures up to 16 x 16, else 1 (the loop).
 
     Narrower, down to 8, while the stacked parameters exceed 4 MiB, because then they fall out of a core's cache.
     """
@@ -41,8 +41,8 @@ def lanes_for(task: Task, model: nn.Module, batch: Batch) -> int:
         return 1
     if why_not_batched(task, model, batch) is not None:
         return 1
-    widest = 16 if any(isinstance(m, nn.Conv2d) for m in leaves) else 32
-    fitting = [width for width in (8, 16, 32) if width <= widest and width * Layout.of(model).bytes <= _CACHE_BYTES]
+    widest = 16 if any(isinstance(m, nn.Conv2d) for m in leaves) else 64
+    fitting = [width for width in (8, 16, 32, 64) if width <= widest and width * Layout.of(model).bytes <= _CACHE_BYTES]
     return max(fitting, default=8)
 
 
@@ -56,6 +56,14 @@ def why_not_batched(task: Task, model: nn.Module, batch: Batch) -> Exception | N
     except Exception as error:  # whatever user code and torch raise is the answer
         return error
     return None
+
+
+class StepError(Exception):
+    """Step number ``step`` of those a block was given raised its cause."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
 
 
 class Block:
@@ -82,6 +90,19 @@ class Block:
         ``index`` is the step's number in the round.
         """
         raise NotImplementedError
+
+    def train(self, dataset: Dataset, rows: Rows, low: int, active: NDArray[np.bool_]) -> Tensor:
+        """Local steps from number ``low`` on, over examples ``rows`` (n, T, B), of the clients ``active`` (T, n) in each: mean losses (T, lanes).
+
+        Raises ``StepError`` from whatever a step raises.
+        """
+        losses = []
+        for t, taking in enumerate(active):
+            try:
+                losses.append(self.step(dataset, rows[:, t], low + t, None if taking.all() else taking))
+            except Exception as error:
+                raise StepError(t) from error
+        return torch.stack(losses)
 
     def ends(self) -> Tensor:
         """Where the clients stand, (n, P)."""
@@ -130,7 +151,7 @@ class LoopBlock(Block):
 
     def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
         torch.default_generator.manual_seed(self._draws + index)
-        loss = self.task.losses(self.model, aligned(dataset.batch(rows[0]))).mean()
+        loss = self.task.losses(self.model, dataset.batch(rows[0])).mean()
         gradients = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
         if active is None or active[0]:
             self._descend(gradients, None, lanes=False)
@@ -167,7 +188,7 @@ class LaneBlock(Block):
             self._shift = list(self.layout.views(shift[self._fill]).values())
 
     def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
-        inputs, targets = aligned(dataset.batch(rows[self._fill].reshape(-1)))
+        inputs, targets = dataset.batch(rows[self._fill].reshape(-1))
         lanes = (self.width, rows.shape[1])
         named = dict(zip(self.layout.names, self.weights, strict=True))
         losses = self._map(named, inputs.view(*lanes, *inputs.shape[1:]), targets.view(*lanes, *targets.shape[1:])).mean(1)
@@ -193,11 +214,6 @@ class LaneBlock(Block):
     def _lanes_of(self, active: NDArray[np.bool_] | None) -> Tensor | None:
         """``active`` (n,) as a factor of each lane (W,)."""
         return None if active is None else torch.from_numpy(active[self._fill].astype(self.layout.dtype))
-
-
-def aligned(batch: Batch) -> Batch:
-    """The batch in memory that torch allocated: kernels may round by alignment, and other memory differs between processes."""
-    return Batch(*(part.clone() for part in batch))
 
 
 class _Objective(nn.Module):

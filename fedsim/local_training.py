@@ -9,7 +9,7 @@ of its shard, cut into batches of exactly ``batch_size``, wrapping over the end 
 import hashlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from fedsim.dense import DenseBlock, is_dense
 from fedsim.errors import ClientError, DivergedError, FedsimError
-from fedsim.lanes import Block, LaneBlock, LoopBlock
+from fedsim.lanes import Block, LaneBlock, LoopBlock, StepError
 from fedsim.parameters import Layout
 from fedsim.randomness import permutations
 from fedsim.runtime.batching import blocks
 from fedsim.shards import Shards
 from fedsim.strategies import Due, Strategy
 from fedsim.tasks.base import Dataset, Task
-from fedsim.updates import Partial, Vector, mean, spread, tree_sum
-from fedsim.uploads import Sender, Sizes, fold
+from fedsim.updates import Partial, Vector, fold, mean, spread, tree_sum
+from fedsim.uploads import Sender, Sizes
 
 Rows = NDArray[np.int64]
 
@@ -120,6 +120,16 @@ def example_order(seed: int, shards: Shards, clients: Rows, round: int, steps: t
     """Examples (n, T, B), as indices into the data set, of the local steps ``steps[0]`` (inclusive, from 0) to ``steps[1]``."""
     sizes = shards.sizes[clients]
     wanted = np.arange(steps[0] * batch_size, steps[1] * batch_size)
+    if wanted[-1] < sizes.min():
+        order = permutations(seed, "batches", clients, round, sizes)[:, wanted]
+    else:
+        order = _over_passes(seed, clients, round, sizes, wanted)
+    examples: Rows = shards.examples(clients, order)
+    return examples.reshape(len(clients), steps[1] - steps[0], batch_size)
+
+
+def _over_passes(seed: int, clients: Rows, round: int, sizes: Rows, wanted: Rows) -> Rows:
+    """Places (n, k) in their shards of the draws number ``wanted`` (k,), each pass over a shard in an order of its own."""
     passes, place = np.divmod(wanted[None, :], sizes[:, None])
     order = np.empty((len(clients), len(wanted)), np.int64)
     for number in range(int(passes.min()), int(passes.max()) + 1):
@@ -127,8 +137,7 @@ def example_order(seed: int, shards: Shards, clients: Rows, round: int, steps: t
         taking, row = np.unique(rows, return_inverse=True)
         shuffled = permutations(seed, "batches", clients[taking], round, sizes[taking], part=number)
         order[rows, columns] = shuffled[row, place[rows, columns]]
-    examples: Rows = shards.examples(clients, order)
-    return examples.reshape(len(clients), steps[1] - steps[0], batch_size)
+    return order
 
 
 Team = Sequence[tuple[slice, Block]]
@@ -144,7 +153,7 @@ def _team(unit: Unit, task: Task, shared: Mapping[str, Any], cache: MutableMappi
         if unit.lanes == 1:
             block: Block = LoopBlock(task, model, strategy, layout, int(clients[0]), carry, unit.seed, unit.round)
         else:
-            kind = DenseBlock if is_dense(task, model, strategy, shared["train"]) else LaneBlock
+            kind = DenseBlock if is_dense(task, model, shared["train"]) else LaneBlock
             block = kind(task, model, strategy, layout, clients, carry, unit.lanes)
         team.append((slice(low, high), block))
     return team
@@ -189,9 +198,10 @@ class _Leg:
         low, high = self.steps
         block.load(start, self._shift(part))
         active = self.unit.steps[part] > np.arange(low, high)[:, None]
-        losses = torch.stack(
-            [_step(self.unit, block, self.dataset, rows[:, t], low + t, None if active[t].all() else active[t]) for t in range(high - low)]
-        )
+        try:
+            losses = block.train(self.dataset, rows, low, active)
+        except StepError as error:
+            _blame(self.unit, block, self.dataset, rows[:, error.step], low + error.step, error.__cause__)
         found = np.where(active, losses.double().cpu().numpy()[:, : len(block.clients)], 0.0)
         _check_losses(self.unit, block, found, low)
         block.losses += found.sum(0)
@@ -208,7 +218,7 @@ class _Leg:
         sender = Sender(self.strategy, self.shape.sizes, block.clients, unit.seed, unit.round, high)
         taken = np.minimum(unit.steps[part], high) - low
         rows, memory = sender.send(start, block.ends(), taken, None if self.memory is None else self.memory[part], self.server)
-        node = fold(rows, self.weights[part])
+        node = fold(rows.cpu().numpy(), self.weights[part])
         if not np.isfinite(node.total).all():
             client = int(block.clients[np.argmin(rows.isfinite().all(1).cpu().numpy())])
             raise DivergedError("parameters are not finite", client=client, round=unit.round, step=high)
@@ -217,22 +227,18 @@ class _Leg:
 
 
 def _digest(node: Partial) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(node.total).tobytes(), digest_size=8).hexdigest()
+    return hashlib.sha1(np.ascontiguousarray(node.total).data, usedforsecurity=False).hexdigest()[:16]
 
 
-def _step(unit: Unit, block: Block, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> torch.Tensor:
-    try:
-        return block.step(dataset, rows, index, active)
-    except FedsimError:
-        raise
-    except Exception as error:
-        client = int(block.clients[0]) if len(block.clients) == 1 else _culprit(block, dataset, rows)
-        if client is None:
-            message = (
-                f"the model cannot train {len(block.clients)} clients as one program ({error}); set lanes=1 to train them one at a time"
-            )
-            raise FedsimError(message) from error
-        raise ClientError(f"{type(error).__name__}: {error}", client=client, round=unit.round, step=index + 1) from error
+def _blame(unit: Unit, block: Block, dataset: Dataset, rows: Rows, index: int, cause: BaseException | None) -> NoReturn:
+    """Raise what a step's exception means to its user: the client whose examples raise it, or a model that cannot train as lanes."""
+    if isinstance(cause, FedsimError):
+        raise cause
+    client = int(block.clients[0]) if len(block.clients) == 1 else _culprit(block, dataset, rows)
+    if client is None:
+        message = f"the model cannot train {len(block.clients)} clients as one program ({cause}); set lanes=1 to train them one at a time"
+        raise FedsimError(message) from cause
+    raise ClientError(f"{type(cause).__name__}: {cause}", client=client, round=unit.round, step=index + 1) from cause
 
 
 def _culprit(block: Block, dataset: Dataset, rows: Rows) -> int | None:

@@ -51,7 +51,9 @@ class Plan:
         _check_points(training.communication, schedule, cohort.steps)
         stays = steps if training.dropout is None else training.dropout.steps(training.seed, clients, round, steps)
         in_time, ended = (np.ones(len(clients), bool), None) if training.deadline is None else _in_time(training, cohort, steps, stays)
-        points = tuple(_merged(*own) for own in zip(schedule.points, stays < steps, stays, in_time, strict=True))
+        points = schedule.points
+        if ended is not None or (stays < steps).any():
+            points = tuple(_merged(*own) for own in zip(points, stays < steps, stays, in_time, strict=True))
         trained = np.minimum([p[-1] if p else 0 for p in points], steps)
         lost = _lost(cohort, steps, stays, trained, in_time, ended)
         return cls._costed(training, cohort, replace(schedule, points=points), steps, trained, lost, ended)

@@ -16,6 +16,8 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+_FULL = np.uint64(2**64 - 1)
+_SHORT = 2048
 
 
 def rng_for(seed: int, *path: int | str) -> np.random.Generator:
@@ -42,9 +44,7 @@ def uniforms(seed: int, purpose: str, clients: ArrayLike, index: ArrayLike, size
 
     ``part`` tells apart several uses under one index (a pass over a shard, say). Client ids, indices and parts below 2**32.
     """
-    words = _words(seed, purpose, clients, index, 2 * size, part)
-    high, low = words[:, 0::2] >> np.uint64(5), words[:, 1::2] >> np.uint64(6)
-    return (high.astype(np.float64) * 67108864.0 + low.astype(np.float64)) / 9007199254740992.0
+    return _whole(seed, purpose, clients, index, size, part).astype(np.float64) / 9007199254740992.0
 
 
 def normals(seed: int, purpose: str, clients: ArrayLike, index: ArrayLike, size: int, *, part: int = 0) -> NDArray[np.float64]:
@@ -58,10 +58,15 @@ def permutations(seed: int, purpose: str, clients: ArrayLike, index: ArrayLike, 
     """One permutation of ``range(lengths[c])`` for each client, (C, max length), padded with -1 at the end of a row."""
     lengths = np.atleast_1d(np.asarray(lengths, np.int64))
     widest = int(lengths.max(initial=0))
-    draws = uniforms(seed, purpose, clients, index, widest, part=part)
-    inside = np.arange(widest) < lengths[:, None]
-    order = np.argsort(np.where(inside, draws, np.inf), axis=1, kind="stable")
-    return np.where(inside, order, -1)
+    draws = _whole(seed, purpose, clients, index, widest, part)
+    outside = np.arange(widest) >= lengths[:, None]
+    if widest <= _SHORT:  # a draw and its place share a word, and sorting words is several times faster than sorting places
+        draws = np.sort((draws << np.uint64(11)) | np.arange(widest, dtype=np.uint64) | np.where(outside, _FULL, np.uint64(0)), axis=1)
+        order = (draws & np.uint64(_SHORT - 1)).astype(np.int64)
+    else:
+        order = np.argsort(np.where(outside, _FULL, draws), axis=1, kind="stable")
+    order[outside] = -1
+    return order
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
@@ -73,6 +78,12 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
         c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0), p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1), p0 & _LOW
         k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def _whole(seed: int, purpose: str, clients: ArrayLike, index: ArrayLike, size: int, part: int) -> NDArray[np.uint64]:
+    """Whole numbers of 53 bits (C, size)."""
+    words = _words(seed, purpose, clients, index, 2 * size, part)
+    return ((words[:, 0::2] >> np.uint64(5)) << np.uint64(26)) | (words[:, 1::2] >> np.uint64(6))
 
 
 def _words(seed: int, purpose: str, clients: ArrayLike, index: ArrayLike, size: int, part: int) -> NDArray[np.uint64]:

@@ -103,6 +103,17 @@ def mean(root: Partial, otherwise: Vector) -> Vector:
     return np.where(held, chosen, otherwise).astype(otherwise.dtype)
 
 
+def fold(rows: Vector, weights: NDArray[np.float64]) -> Partial:
+    """The node over whole updates ``rows`` (n, P): their weighted sum along the fixed tree; half precision is summed in single."""
+    dtype = fold_dtype(rows.dtype)
+    level = rows.astype(dtype, copy=False) * weights.astype(dtype)[:, None]
+    while len(level) > 1:
+        paired = len(level) & ~1
+        pairs = level[0:paired:2] + level[1:paired:2]
+        level = pairs if paired == len(level) else np.concatenate([pairs, level[paired:]])
+    return Partial(level[0], tree([float(w) for w in weights], float.__add__))
+
+
 def spread(node: Partial, coordinates: NDArray[np.int64], size: int) -> Partial:
     """A node over the ``coordinates`` (Q,) of a vector of ``size`` scalars, as a node over the whole vector."""
     total, covered = np.zeros(size, node.total.dtype), np.zeros(size)

@@ -1,4 +1,4 @@
-"""What the clients of a block send when they are due, and what they keep: the strategy's upload, compressed if it says so, and its fold."""
+"""What the clients of a block send when they are due, and what they keep: the strategy's upload, compressed if it says so."""
 
 # n clients, P parameters, M scalars of an upload, S scalars a client keeps for the strategy, S' for the compression
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fedsim.communication.compression import Senders
 from fedsim.parameters import Layout
 from fedsim.strategies import ServerState, Strategy, Trained
-from fedsim.updates import Partial, Vector, fold_dtype, tree
+from fedsim.updates import Vector
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,3 @@ class Sender:
         base = torch.cat([start, start.new_zeros(self.sizes.upload - self.sizes.model)])
         received, residual = rule.compress(upload - base, residual, Senders(self.clients, self.seed, self.round, self.step))
         return base + received, residual
-
-
-def fold(rows: Tensor, weights: NDArray[np.float64]) -> Partial:
-    """The node over uploads ``rows`` (n, M): their weighted sum along the fixed tree; half precision is summed in single."""
-    dtype = getattr(torch, str(fold_dtype(np.dtype(str(rows.dtype).removeprefix("torch.")))))
-    share = torch.tensor(weights, dtype=dtype, device=rows.device)[:, None]
-    return Partial(_row_sum(rows.to(dtype) * share).cpu().numpy(), tree([float(w) for w in weights], float.__add__))
-
-
-def _row_sum(rows: Tensor) -> Tensor:
-    """The sum over rows (n, M) -> (M,) along the tree of :func:`fedsim.updates.tree`, level by level."""
-    while len(rows) > 1:
-        even = len(rows) & ~1
-        paired = rows[0:even:2] + rows[1:even:2]
-        rows = paired if even == len(rows) else torch.cat([paired, rows[even:]])
-    return rows[0]

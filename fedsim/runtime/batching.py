@@ -31,7 +31,7 @@ class Segment:
         return self.points[-1]
 
 
-def segments(points: Sequence[Sequence[int]], shapes: Sequence[int] | None = None) -> tuple[Segment, ...]:
+def segments(points: Sequence[tuple[int, ...]], shapes: Sequence[int] | None = None) -> tuple[Segment, ...]:
     """The round as segments of one point each, by point, by start and by model shape (``shapes`` (n,); ``None``: all alike)."""
     at, shape = [0] * len(points), [0] * len(points) if shapes is None else shapes
     cut = []

@@ -53,9 +53,24 @@ class Dataset:
         return len(self.inputs)
 
     def batch(self, indices: ArrayLike) -> Batch:
-        """The examples at ``indices`` (B,), copied."""
+        """The examples at ``indices`` (B,), copied into memory that torch allocates: kernels may round by alignment. ``IndexError`` outside the data."""
         rows = np.asarray(indices, np.int64)
-        return Batch(torch.from_numpy(self.inputs[rows]), torch.from_numpy(self.targets[rows]))
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"indices must lie in 0..{len(self) - 1}, got {rows.min()} to {rows.max()}")
+        return Batch(_taken(self.inputs, rows), _taken(self.targets, rows))
+
+
+def _taken(values: NDArray[Any], rows: NDArray[np.int64]) -> Tensor:
+    """``values[rows]`` as a tensor; rows are known to lie inside."""
+    found = torch.empty((len(rows), *values.shape[1:]), dtype=_TORCH_TYPES[values.dtype.name])
+    np.take(values, rows, axis=0, out=found.numpy(), mode="clip")
+    return found
+
+
+_TORCH_TYPES = {
+    np.dtype(name).name: getattr(torch, name)
+    for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+}
 
 
 class Splits(NamedTuple):

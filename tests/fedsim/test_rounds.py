@@ -338,10 +338,10 @@ def test_other_batches_are_seen_by_that_tolerance():
 def test_perceptrons_take_the_written_out_pass_and_other_losses_the_mapped_one():
     from fedsim.dense import is_dense
 
-    strategy, data = FedAvg(), Blobs().data().train
-    assert is_dense(Blobs(16), Blobs(16).build(0), strategy, data)
-    assert not is_dense(MappedBlobs(16), MappedBlobs(16).build(0), strategy, data)
-    assert not is_dense(Blobs(16), Blobs(16).build(0), replace(strategy, momentum=0.9), data)
+    data = Blobs().data().train
+    assert is_dense(Blobs(16), Blobs(16).build(0), data)
+    assert not is_dense(MappedBlobs(16), MappedBlobs(16).build(0), data)
+    assert not is_dense(Dropping(16), Dropping(16).build(0), data)
 
 
 MIXED = Intervals.explicit([[3, 6, 9, 12], [12], [3, 6, 9, 12], [6, 12], [4, 8, 12], [12], [3, 6, 9, 12]])
@@ -576,7 +576,7 @@ def test_the_rule_batches_perceptrons_and_small_pictures_only():
     convolution(torch.zeros(1, 1, 8, 8))
     dropout = nn.Sequential(nn.Linear(12, 10), nn.Dropout())
     targets = torch.zeros(2, dtype=torch.int64)
-    assert lanes_for(Blobs(), Blobs(16).build(0), Batch(torch.zeros(2, 12, dtype=torch.float64), targets)) == 32
+    assert lanes_for(Blobs(), Blobs(16).build(0), Batch(torch.zeros(2, 12, dtype=torch.float64), targets)) == 64
     assert lanes_for(Blobs(), Blobs(9000).build(0), Batch(torch.zeros(2, 12, dtype=torch.float64), targets)) == 8
     assert lanes_for(Blobs(), convolution, Batch(torch.zeros(2, 1, 8, 8), targets)) == 16
     assert lanes_for(Blobs(), dropout, Batch(torch.zeros(2, 12), targets)) == 1
