@@ -8,6 +8,7 @@ models) lanes are many times faster; large convolutions are faster alone.
 # W lanes, B examples of a batch, P parameters
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,12 +26,12 @@ from fedsim.updates import Vector
 Rows = NDArray[np.int64]
 _PLAIN = (nn.Linear, nn.Flatten, nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.LayerNorm)
 _PICTURES = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GroupNorm)
-_SMALL_PICTURE = 16
+_SMALL_PICTURE, _TINY_PICTURE = 16, 8
 _CACHE_BYTES = 4 * 2**20
 
 
 def lanes_for(task: Task, model: nn.Module, batch: Batch) -> int:
-    """Width of the blocks by rule, never by timing: up to 64 for linear models, 16 for convolutions on pictures up to 16 x 16, else 1 (the loop).
+    """Width of the blocks by rule, never by timing: up to 64 for linear models, 32 for convolutions on pictures up to 8 x 8, 16 up to 16 x 16, else 1 (the loop).
 
     Narrower, down to 8, while the stacked parameters exceed 4 MiB, because then they fall out of a core's cache.
     """
@@ -41,7 +42,9 @@ def lanes_for(task: Task, model: nn.Module, batch: Batch) -> int:
         return 1
     if why_not_batched(task, model, batch) is not None:
         return 1
-    widest = 16 if any(isinstance(m, nn.Conv2d) for m in leaves) else 64
+    widest = 64
+    if any(isinstance(m, nn.Conv2d) for m in leaves):
+        widest = 32 if max(batch.inputs.shape[-2:]) <= _TINY_PICTURE else 16
     fitting = [width for width in (8, 16, 32, 64) if width <= widest and width * Layout.of(model).bytes <= _CACHE_BYTES]
     return max(fitting, default=8)
 
@@ -115,7 +118,9 @@ class Block:
     def _descend(self, gradients: Sequence[Tensor], active: Tensor | None, lanes: bool) -> None:
         rule = self.strategy
         with torch.no_grad():
-            directions = [rule.direction(*parts) for parts in zip(gradients, self.weights, self._start, self._shift, strict=True)]
+            directions = list(gradients)
+            if type(rule).direction is not Strategy.direction or self._shift[0] is not None:
+                directions = [rule.direction(*parts) for parts in zip(gradients, self.weights, self._start, self._shift, strict=True)]
             if rule.clip is not None:
                 directions = _clipped(directions, rule.clip, lanes)
             if rule.weight_decay:
@@ -125,12 +130,17 @@ class Block:
                 directions = [m.mul_(rule.momentum).add_(d) for m, d in zip(self.momenta, directions, strict=True)]
             if active is not None:
                 directions = [d * active.view(-1, *[1] * (d.ndim - 1)) for d in directions]
-            for weight, direction in zip(self.weights, directions, strict=True):
-                weight.add_(direction, alpha=-rule.client_lr)
+            torch._foreach_add_(self.weights, directions, alpha=-rule.client_lr)
+
+
+def for_loop(model: nn.Module) -> nn.Module:
+    """``model`` with its filters laid out as the loop's pictures are."""
+    laid_out: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return laid_out
 
 
 class LoopBlock(Block):
-    """One client on its own; ``seed`` and ``round`` decide what dropout and the like draw, step by step."""
+    """One client on its own, in a model of :func:`for_loop`; ``seed`` and ``round`` decide what dropout and the like draw, step by step."""
 
     def __init__(
         self, task: Task, model: nn.Module, strategy: Strategy, layout: Layout, client: int, carry: Vector | None, seed: int, round: int
@@ -150,11 +160,15 @@ class LoopBlock(Block):
             self._shift = list(self.layout.views(shift[0]).values())
 
     def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
+        if active is not None and not active[0]:
+            return torch.zeros(1)
         torch.default_generator.manual_seed(self._draws + index)
-        loss = self.task.losses(self.model, dataset.batch(rows[0])).mean()
+        batch = dataset.batch(rows[0])
+        if batch.inputs.ndim == 4:
+            batch = batch._replace(inputs=batch.inputs.contiguous(memory_format=torch.channels_last))  # convolutions are faster on it
+        loss = self.task.losses(self.model, batch).mean()
         gradients = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
-        if active is None or active[0]:
-            self._descend(gradients, None, lanes=False)
+        self._descend(gradients, None, lanes=False)
         return loss.detach()[None]
 
     def ends(self) -> Tensor:
@@ -173,7 +187,7 @@ class LaneBlock(Block):
         super().__init__(strategy, layout, clients, carry)
         self.width = padded(len(clients), lanes)
         self._fill = np.concatenate([np.arange(len(clients)), np.zeros(self.width - len(clients), np.int64)])
-        self._task, self._model, self._map = task, model, _mapped(task, model)
+        self._task, self._model = task, model
         dtype = getattr(torch, layout.dtype)
         self.weights = [torch.empty(self.width, *shape, dtype=dtype, requires_grad=True) for shape in layout.shapes]
         if strategy.momentum and carry is None:
@@ -191,10 +205,14 @@ class LaneBlock(Block):
         inputs, targets = dataset.batch(rows[self._fill].reshape(-1))
         lanes = (self.width, rows.shape[1])
         named = dict(zip(self.layout.names, self.weights, strict=True))
-        losses = self._map(named, inputs.view(*lanes, *inputs.shape[1:]), targets.view(*lanes, *targets.shape[1:])).mean(1)
+        losses = self._mapped(named, inputs.view(*lanes, *inputs.shape[1:]), targets.view(*lanes, *targets.shape[1:])).mean(1)
         gradients = torch.autograd.grad(losses.sum(), self.weights, allow_unused=True, materialize_grads=True)
         self._descend(gradients, self._lanes_of(active), lanes=True)
         return losses.detach()
+
+    @cached_property
+    def _mapped(self) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+        return _mapped(self._task, self._model)
 
     def alone(self, dataset: Dataset, rows: Rows, lane: int) -> None:
         """The losses of one lane on its examples ``rows`` (B,), outside the batched program: to see whether they raise."""

@@ -17,17 +17,19 @@ from numpy.typing import NDArray
 
 from fedsim.dense import DenseBlock, is_dense
 from fedsim.errors import ClientError, DivergedError, FedsimError
-from fedsim.lanes import Block, LaneBlock, LoopBlock, StepError
+from fedsim.lanes import Block, LaneBlock, LoopBlock, StepError, for_loop
 from fedsim.parameters import Layout
 from fedsim.randomness import permutations
 from fedsim.runtime.batching import blocks
 from fedsim.shards import Shards
+from fedsim.stacked import StackedBlock, is_stacked
 from fedsim.strategies import Due, Strategy
 from fedsim.tasks.base import Dataset, Task
 from fedsim.updates import Partial, Vector, fold, mean, spread, tree_sum
 from fedsim.uploads import Sender, Sizes
 
 Rows = NDArray[np.int64]
+_COLUMNS = 61
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,25 +148,34 @@ Team = Sequence[tuple[slice, Block]]
 def _team(unit: Unit, task: Task, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Team:
     """The unit's blocks, each with its part of the unit's clients."""
     strategy = shared["strategy"]
-    model, layout = _model(unit.shape, task, unit.seed, cache)
+    model, layout = _model(unit, task, cache)
     team: list[tuple[slice, Block]] = []
     for low, high in blocks(len(unit.clients), unit.lanes):
         clients, carry = unit.clients[low:high], None if unit.carry is None else unit.carry[low:high]
         if unit.lanes == 1:
             block: Block = LoopBlock(task, model, strategy, layout, int(clients[0]), carry, unit.seed, unit.round)
         else:
-            kind = DenseBlock if is_dense(task, model, shared["train"]) else LaneBlock
-            block = kind(task, model, strategy, layout, clients, carry, unit.lanes)
+            block = _lane_block(task, model, shared["train"])(task, model, strategy, layout, clients, carry, unit.lanes)
         team.append((slice(low, high), block))
     return team
 
 
-def _model(shape: int, task: Task, seed: int, cache: MutableMapping[Any, Any]) -> tuple[torch.nn.Module, Layout]:
+def _lane_block(task: Task, model: torch.nn.Module, dataset: Dataset) -> type[LaneBlock]:
+    """The program that computes the task's lanes fastest."""
+    if is_dense(task, model, dataset):
+        return DenseBlock
+    return StackedBlock if is_stacked(task, model, dataset) else LaneBlock
+
+
+def _model(unit: Unit, task: Task, cache: MutableMapping[Any, Any]) -> tuple[torch.nn.Module, Layout]:
     """A model of the task to train in; kept, for each shape, while the worker sees the same task."""
-    kept = cache.get(("local model", shape))
-    if kept is None or kept[0] is not task or kept[1] != seed:
-        model = task.build(seed).train()
-        kept = cache["local model", shape] = (task, seed, model, Layout.of(model))
+    key = ("local model", unit.shape, unit.lanes == 1)
+    kept = cache.get(key)
+    if kept is None or kept[0] is not task or kept[1] != unit.seed:
+        model = task.build(unit.seed).train()
+        if unit.lanes == 1:
+            model = for_loop(model)
+        kept = cache[key] = (task, unit.seed, model, Layout.of(model))
     return kept[2], kept[3]
 
 
@@ -219,7 +230,7 @@ class _Leg:
         taken = np.minimum(unit.steps[part], high) - low
         rows, memory = sender.send(start, block.ends(), taken, None if self.memory is None else self.memory[part], self.server)
         node = fold(rows.cpu().numpy(), self.weights[part])
-        if not np.isfinite(node.total).all():
+        if not (np.isfinite(node.total.sum()) or np.isfinite(node.total).all()):  # the sum of finite numbers may overflow
             client = int(block.clients[np.argmin(rows.isfinite().all(1).cpu().numpy())])
             raise DivergedError("parameters are not finite", client=client, round=unit.round, step=high)
         held = self.shape.coordinates
@@ -227,7 +238,11 @@ class _Leg:
 
 
 def _digest(node: Partial) -> str:
-    return hashlib.sha1(np.ascontiguousarray(node.total).data, usedforsecurity=False).hexdigest()[:16]
+    """A checksum of the node's bits: sums of words by column, so that it costs a pass through memory, then a hash of these."""
+    data = np.ascontiguousarray(node.total).view(np.uint8)
+    whole = len(data) // (8 * _COLUMNS) * (8 * _COLUMNS)
+    sums = data[:whole].view(np.uint64).reshape(-1, _COLUMNS).sum(0)
+    return hashlib.sha1(sums.tobytes() + data[whole:].tobytes(), usedforsecurity=False).hexdigest()[:16]
 
 
 def _blame(unit: Unit, block: Block, dataset: Dataset, rows: Rows, index: int, cause: BaseException | None) -> NoReturn:

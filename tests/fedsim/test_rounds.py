@@ -578,7 +578,7 @@ def test_the_rule_batches_perceptrons_and_small_pictures_only():
     targets = torch.zeros(2, dtype=torch.int64)
     assert lanes_for(Blobs(), Blobs(16).build(0), Batch(torch.zeros(2, 12, dtype=torch.float64), targets)) == 64
     assert lanes_for(Blobs(), Blobs(9000).build(0), Batch(torch.zeros(2, 12, dtype=torch.float64), targets)) == 8
-    assert lanes_for(Blobs(), convolution, Batch(torch.zeros(2, 1, 8, 8), targets)) == 16
+    assert lanes_for(Blobs(), convolution, Batch(torch.zeros(2, 1, 8, 8), targets)) == 32
     assert lanes_for(Blobs(), dropout, Batch(torch.zeros(2, 12), targets)) == 1
     big = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.LazyLinear(10))
     big(torch.zeros(1, 3, 32, 32))
