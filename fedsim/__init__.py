@@ -36,7 +36,7 @@ _EXPORTS = {
     "fedsim.resampled": ("Resampled",),
     "fedsim.stragglers": ("Deadline", "Dropout"),
     "fedsim.strategies": (
-        "FedAdam", "FedAvg", "FedAvgM", "FedDyn", "FedNova", "FedProx", "FedYogi", "HeteroFL", "Scaffold",
+        "FedAdam", "FedAvg", "FedAvgM", "FedBuff", "FedDyn", "FedNova", "FedProx", "FedYogi", "HeteroFL", "Scaffold",
     ),
     "fedsim.stream": ("All", "Bernoulli", "Sampled", "Serving"),
     "fedsim.workers": ("Workers",),

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedsim.dense import DenseBlock, is_dense
 from fedsim.errors import ClientError, DivergedError, FedsimError
@@ -45,13 +45,14 @@ class Shape:
 class Unit:
     """Clients (n,) train from the model shared as ``model`` at step ``start`` to ``points[-1]``; at the points before it they merge among themselves.
 
-    ``steps`` (n,): local steps of the whole round, after which a client idles. ``weights`` (k, n): each client's normalised weight at each
+    ``draws`` (n,): the number by which each client's batches are drawn, the round's. ``steps`` (n,): local steps of the whole round, after which a client idles. ``weights`` (k, n): each client's normalised weight at each
     point, ``shares`` (k,): the clients' share of the fleet's weight. ``server``: name of the server's model, used by merges. ``carry`` (n, P): momenta.
     ``memory`` (n, S + S'): what clients keep from merge to merge.
     """
 
     seed: int
     round: int
+    draws: NDArray[np.int64]
     shape: int
     clients: Rows
     steps: NDArray[np.int64]
@@ -95,7 +96,7 @@ def train_unit(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any,
     strategy: Strategy = shared["strategy"]
     shape: Shape = shared["shapes"][unit.shape]
     team = _team(unit, shape.task, shared, cache)
-    rows = example_order(unit.seed, shared["shards"], unit.clients, unit.round, (unit.start, unit.points[-1]), strategy.batch_size)
+    rows = example_order(unit.seed, shared["shards"], unit.clients, unit.draws, (unit.start, unit.points[-1]), strategy.batch_size)
     model, params, state = shared[unit.model], shared[unit.server], shared["state"]
     at, memory = unit.start, unit.memory
     for point, weights, share in zip(unit.points, unit.weights, unit.shares, strict=True):
@@ -118,8 +119,11 @@ def train_unit(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any,
     )
 
 
-def example_order(seed: int, shards: Shards, clients: Rows, round: int, steps: tuple[int, int], batch_size: int) -> Rows:
-    """Examples (n, T, B), as indices into the data set, of the local steps ``steps[0]`` (inclusive, from 0) to ``steps[1]``."""
+def example_order(seed: int, shards: Shards, clients: Rows, round: ArrayLike, steps: tuple[int, int], batch_size: int) -> Rows:
+    """Examples (n, T, B), as indices into the data set, of the local steps ``steps[0]`` (inclusive, from 0) to ``steps[1]``.
+
+    ``round`` is that of all clients, or a number for each (n,).
+    """
     sizes = shards.sizes[clients]
     wanted = np.arange(steps[0] * batch_size, steps[1] * batch_size)
     if wanted[-1] < sizes.min():
@@ -130,14 +134,14 @@ def example_order(seed: int, shards: Shards, clients: Rows, round: int, steps: t
     return examples.reshape(len(clients), steps[1] - steps[0], batch_size)
 
 
-def _over_passes(seed: int, clients: Rows, round: int, sizes: Rows, wanted: Rows) -> Rows:
+def _over_passes(seed: int, clients: Rows, round: ArrayLike, sizes: Rows, wanted: Rows) -> Rows:
     """Places (n, k) in their shards of the draws number ``wanted`` (k,), each pass over a shard in an order of its own."""
     passes, place = np.divmod(wanted[None, :], sizes[:, None])
-    order = np.empty((len(clients), len(wanted)), np.int64)
+    order, rounds = np.empty((len(clients), len(wanted)), np.int64), np.broadcast_to(round, clients.shape)
     for number in range(int(passes.min()), int(passes.max()) + 1):
         rows, columns = np.nonzero(passes == number)
         taking, row = np.unique(rows, return_inverse=True)
-        shuffled = permutations(seed, "batches", clients[taking], round, sizes[taking], part=number)
+        shuffled = permutations(seed, "batches", clients[taking], rounds[taking], sizes[taking], part=number)
         order[rows, columns] = shuffled[row, place[rows, columns]]
     return order
 
@@ -153,7 +157,7 @@ def _team(unit: Unit, task: Task, shared: Mapping[str, Any], cache: MutableMappi
     for low, high in blocks(len(unit.clients), unit.lanes):
         clients, carry = unit.clients[low:high], None if unit.carry is None else unit.carry[low:high]
         if unit.lanes == 1:
-            block: Block = LoopBlock(task, model, strategy, layout, int(clients[0]), carry, unit.seed, unit.round)
+            block: Block = LoopBlock(task, model, strategy, layout, int(clients[0]), carry, unit.seed, int(unit.draws[low]))
         else:
             block = _lane_block(task, model, shared["train"])(task, model, strategy, layout, clients, carry, unit.lanes)
         team.append((slice(low, high), block))
@@ -226,7 +230,7 @@ class _Leg:
 
     def _send(self, block: Block, start: torch.Tensor, part: slice) -> tuple[Partial, Vector | None]:
         unit, (low, high) = self.unit, self.steps
-        sender = Sender(self.strategy, self.shape.sizes, block.clients, unit.seed, unit.round, high)
+        sender = Sender(self.strategy, self.shape.sizes, block.clients, unit.seed, unit.draws[part], high)
         taken = np.minimum(unit.steps[part], high) - low
         rows, memory = sender.send(start, block.ends(), taken, None if self.memory is None else self.memory[part], self.server)
         node = fold(rows.cpu().numpy(), self.weights[part])

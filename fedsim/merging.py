@@ -119,6 +119,7 @@ class Merging:
         return Unit(
             seed=training.seed,
             round=self.before.round,
+            draws=np.full(len(members), self.before.round),
             shape=segment.shape,
             clients=self.clients[members],
             steps=self.steps[members],

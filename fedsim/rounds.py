@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fedsim import asynchronous
 from fedsim.availability import Availability, Independent, draw_cohort
 from fedsim.clock import step_flops
 from fedsim.communication import Cohort, Payload, Uniform, UploadSchedule, summary_bytes
@@ -169,10 +170,13 @@ class Training:
         """The state before the first round: a model that is a function of the seed."""
         params = self.layout.flatten(self.task.build(self.seed))
         kept = None if self.log is None else ClientStates.empty(len(self.fleet))
-        return TrainState(params=params, server=self.strategy.init(params), round=0, clock=0.0, clients=kept)
+        server = asynchronous.begin(self, params) if self.strategy.asynchronous else self.strategy.init(params)
+        return TrainState(params=params, server=server, round=0, clock=0.0, clients=kept)
 
     def step(self, state: TrainState) -> tuple[TrainState, Round]:
         """One round. Raises ``DivergedError`` or ``ClientError``; ``state`` is then still good."""
+        if self.strategy.asynchronous:
+            return asynchronous.update(self, state)
         clients, begins = self.draw(state.round, state.clock)
         plan = Plan.of(self, clients, state.round)
         ends = begins + plan.seconds
@@ -202,6 +206,12 @@ class Training:
         rows = np.array([(*(p.total for p in s.payloads), step_flops(s.forward_flops, self.strategy.batch_size)) for s in self.shapes])
         up, down, flops = rows.T[:, np.zeros(len(clients), np.int64) if self.levels is None else self.levels[clients]]
         return up, down, flops
+
+    def tested(self, round: int, params: Vector) -> tuple[float, float]:
+        """Loss and accuracy on the test split after ``round`` rounds; ``nan`` where none is due."""
+        if round % self.evaluate_every and round != self.rounds:
+            return np.nan, np.nan
+        return evaluate(self.executor, self.shared, params, len(self.data.test), self.seed)
 
     def share_of(self, clients: NDArray[np.int64]) -> float:
         """The share of the whole fleet's weight that ``clients`` (n,) hold."""
@@ -268,9 +278,7 @@ class Training:
         if merging is not None:
             losses[took_part] = merging.losses[took_part] / plan.trained[took_part]
             blocks = merging.blocks
-        due = round % self.evaluate_every == 0 or round == self.rounds
-        params = before.params if merging is None else merging.params
-        test_loss, accuracy = evaluate(self.executor, self.shared, params, len(self.data.test), self.seed) if due else (np.nan, np.nan)
+        test_loss, accuracy = self.tested(round, before.params if merging is None else merging.params)
         merged = took_part.any() and merging is not None
         return Round(
             round=before.round,

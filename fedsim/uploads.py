@@ -48,13 +48,13 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Sender:
-    """A block's clients (n,) at one of their merges: all that their uploads depend on. ``step``: local steps of the round done by then."""
+    """A block's clients (n,) at one of their merges: all that their uploads depend on. ``draws`` (n,): the number, the round's, of their random draws; ``step``: local steps of the round done by then."""
 
     strategy: Strategy
     sizes: Sizes
     clients: NDArray[np.int64]
     seed: int
-    round: int
+    draws: NDArray[np.int64]
     step: int
 
     def send(
@@ -80,5 +80,5 @@ class Sender:
         if rule is None:
             return upload, residual
         base = torch.cat([start, start.new_zeros(self.sizes.upload - self.sizes.model)])
-        received, residual = rule.compress(upload - base, residual, Senders(self.clients, self.seed, self.round, self.step))
+        received, residual = rule.compress(upload - base, residual, Senders(self.clients, self.seed, self.draws, self.step))
         return base + received, residual

@@ -2,7 +2,6 @@
 
 # C clients, n of a cohort, T local steps, B examples of a batch
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -142,8 +141,16 @@ class InOrder:
         return Shards(np.arange(len(dataset)), np.arange(num_clients + 1) * self.size)
 
 
-JOBS: Sequence[Job] = (
+JOBS: tuple[Job, ...] = (
     Job(name="MLP", model="mlp"),
     Job(name="pictures 8x8", model="cnn", cohort=25, examples=40, steps=2, rounds=10),
     Job(name="pictures 32x32", model="cnn", side=32, channels=3, width=16, clients=50, cohort=10, examples=40, steps=2, rounds=3),
+    Job(
+        name="pictures 32x32, cohort 40", model="cnn", side=32, channels=3, width=16, clients=50, cohort=40, examples=40, steps=2, rounds=3
+    ),
 )
+
+
+def named(name: str) -> Job:
+    """The job of :data:`JOBS` with this name."""
+    return next(job for job in JOBS if job.name == name)

@@ -21,16 +21,17 @@ from fedsim.randomness import rng_for
 
 @dataclass(frozen=True, eq=False)
 class Senders:
-    """Who compresses: ``clients`` (n,) at local ``step`` of ``round``. Their random draws are functions of these and ``seed``, each client's its own."""
+    """Who compresses: ``clients`` (n,) at local ``step`` of their rounds ``draws`` (n,). Their random draws are functions of these and ``seed``."""
 
     clients: NDArray[np.int64]
     seed: int
-    round: int
+    draws: NDArray[np.int64]
     step: int
 
     def uniforms(self, size: int, like: Tensor) -> Tensor:
         """Draws in [0, 1), (n, size), single precision, on the device of ``like``."""
-        rows = [rng_for(self.seed, "compression", int(c), self.round, self.step).random(size, np.float32) for c in self.clients]
+        drawn = zip(self.clients.tolist(), self.draws.tolist(), strict=True)
+        rows = [rng_for(self.seed, "compression", c, number, self.step).random(size, np.float32) for c, number in drawn]
         return torch.from_numpy(np.stack(rows)).to(like.device)
 
 

@@ -4,6 +4,7 @@ from fedsim.strategies.base import Due, ServerState, Strategy, Trained
 from fedsim.strategies.fedadam import FedAdam
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedavgm import FedAvgM
+from fedsim.strategies.fedbuff import FedBuff
 from fedsim.strategies.feddyn import FedDyn
 from fedsim.strategies.fednova import FedNova
 from fedsim.strategies.fedprox import FedProx
@@ -16,6 +17,7 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBuff",
     "FedDyn",
     "FedNova",
     "FedProx",

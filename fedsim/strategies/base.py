@@ -54,7 +54,7 @@ class Strategy:
     ``floor(local_epochs n_i / batch_size)`` instead, at least one. ``clip`` bounds the gradient's norm; momentum starts at zero every
     round. ``compression`` is applied to what a client uploads, as a difference from the model handed out; with ``widths`` a client trains and
     uploads the part of the model that its device allows. ``weighting`` merges by sample
-    count or equally. ``mixed``: legal where clients of a round have different sync points.
+    count or equally. ``mixed``: legal where clients of a round have different sync points; ``asynchronous``: there are no rounds.
     """
 
     client_lr: float = 0.05
@@ -70,6 +70,7 @@ class Strategy:
     weighting: Literal["samples", "uniform"] = "samples"
 
     mixed: ClassVar[bool] = True
+    asynchronous: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("cohort", "local_steps", "batch_size"):

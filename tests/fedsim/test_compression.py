@@ -27,7 +27,7 @@ EVERY = [
 
 
 def senders(count, step=3):
-    return Senders(np.arange(count), 0, 1, step)
+    return Senders(np.arange(count), 0, np.ones(count, np.int64), step)
 
 
 def rows(count, size, dtype=torch.float32, seed=0):
@@ -46,7 +46,7 @@ def test_the_packed_form_arrives_as_said_in_the_bytes_said(rule, size, dtype):
     values = rows(3, size, dtype)
     received, _ = arrive(rule, values)
     for i in range(3):
-        data = rule.encode(values[i : i + 1], Senders(np.array([i]), 0, 1, 3))
+        data = rule.encode(values[i : i + 1], Senders(np.array([i]), 0, np.ones(1, np.int64), 3))
         assert len(data) == rule.wire_bytes(size, dtype.itemsize)
         assert_array_equal(rule.decode(data, size, dtype)[0], received[i])
 
@@ -57,7 +57,7 @@ def test_a_client_sends_the_same_in_any_company(rule):
     together, _ = arrive(rule, values)
     memory = torch.zeros(1, rule.state_size(50))
     for i in (5, 2):
-        alone, _ = rule.compress(values[i : i + 1], memory, Senders(np.array([i]), 0, 1, 3))
+        alone, _ = rule.compress(values[i : i + 1], memory, Senders(np.array([i]), 0, np.ones(1, np.int64), 3))
         assert_array_equal(alone[0], together[i])
 
 
