@@ -16,7 +16,7 @@ from typing import Any, Self
 import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from fedsim.errors import CapacityError, WorkerError
 from fedsim.runtime.executor import NOTHING, Needs, Recent, Shared, Work
@@ -225,6 +225,10 @@ class _Map:
         self.queue.extendleft(reversed(indices))
         causes = self.losses.setdefault(indices[0], [])
         causes.append(_last_lines(error))
+        if isinstance(error, OutOfMemoryError) and sum("memory" in cause for cause in causes) == 2:
+            raise CapacityError(
+                f"{self._name(indices[0])} was killed twice because its node ran out of memory; use fewer workers a node, smaller lanes, or nodes with more memory ({causes[-1]})"
+            )
         if len(causes) == ATTEMPTS:
             listed = "; ".join(f"{i + 1}: {c}" for i, c in enumerate(causes))
             raise WorkerError(f"stage run: {self._name(indices[0])} was lost {ATTEMPTS} times ({listed})")

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 import fedsim as fs
+from fedsim import encoding
 from fedsim.errors import CheckpointError
+from fedsim.rounds import Training
 from fedsim.runs.store import RunStore
+from fedsim.runtime.client_state import ClientLog
 from fedsim.simulation import deploy_stage, serve_steps, train_steps
 
 TINY = Path(__file__).with_name("tiny.py")
@@ -208,3 +211,118 @@ def test_a_step_leaves_the_state_it_started_from_as_it_was():
             assert encoding.digest(before[0]) == before[1]
         if number % 10 == 0 or 40 <= number < 60:
             before = step.state, encoding.digest(step.state)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that holds little, and a function that gives it room."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"this user may not mount a file system: {mounted.stderr.strip()}")
+    try:
+        yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_that_loses_nothing_and_the_run_goes_on_when_there_is_room(reference, small_disk):
+    place, give_room = small_disk
+    with pytest.raises(CheckpointError, match="No space left"):
+        fs.simulate(tiny.simulation(), place, executor=fs.SerialExecutor(), progress=False)
+    (path,) = (p for p in place.iterdir() if p.name.startswith("tiny"))
+    before = {stage: RunStore.open(path).latest_checkpoint(stage) for stage in ("train", "deploy", "serve")}
+    give_room()
+    run = fs.resume(path, executor=fs.SerialExecutor(), progress=False)
+    assert run.digest() == reference.digest()
+    assert any(found is not None for found in before.values())
+    assert not list(path.rglob("*.partial"))
+
+
+KEEPING = fs.Scaffold(client_lr=0.1, cohort=8, local_steps=8)
+
+
+@pytest.mark.slow
+def test_what_clients_keep_survives_a_driver_that_dies_between_checkpoints(tmp_path, monkeypatch):
+    simulation = tiny.simulation(strategy=KEEPING, communication=fs.Uniform(), rounds=23)
+    whole = fs.simulate(simulation, tmp_path / "whole", executor=fs.SerialExecutor(), progress=False)
+
+    class Gone(BaseException):
+        pass
+
+    original, calls = RunStore.save_checkpoint, []
+
+    def dies(store, stage, index, state, **options):
+        calls.append(stage)
+        if calls.count("train") == 2:
+            raise Gone
+        return original(store, stage, index, state, **options)
+
+    monkeypatch.setattr(RunStore, "save_checkpoint", dies)
+    with pytest.raises(Gone):
+        fs.simulate(simulation, tmp_path / "killed", executor=fs.SerialExecutor(), progress=False)
+    monkeypatch.undo()
+    resumed = fs.simulate(simulation, tmp_path / "killed", executor=fs.SerialExecutor(), progress=False)
+    assert resumed.digest() == whole.digest()
+    states = [RunStore.open(run.path).latest_checkpoint("train")[1] for run in (whole, resumed)]
+    logs = [ClientLog(run.path / "clients", len(s.params), "float32") for run, s in zip((whole, resumed), states, strict=True)]
+    kept = [log.read(s.clients, np.arange(12)) for log, s in zip(logs, states, strict=True)]
+    np.testing.assert_array_equal(kept[0], kept[1])
+    assert np.abs(kept[0]).max() > 0
+    assert len(list((whole.path / "clients").glob("*.npy"))) <= len(states[0].clients.segments) + 40
+
+
+STRATEGIES = {
+    "FedProx": (fs.FedProx(cohort=8, local_steps=8), fs.DynamicFL(high=2, budget=0.5)),
+    "Scaffold": (fs.Scaffold(cohort=8, local_steps=8), fs.Uniform(interval=4)),
+    "FedNova": (fs.FedNova(cohort=8, local_epochs=1.0, momentum=0.9), fs.Uniform()),
+    "FedDyn": (fs.FedDyn(cohort=8, local_steps=8), fs.Uniform()),
+    "FedAvgM": (fs.FedAvgM(cohort=8, local_steps=8), fs.FedSGD()),
+    "FedAdam": (fs.FedAdam(cohort=8, local_steps=8), fs.Uniform()),
+    "FedYogi": (fs.FedYogi(cohort=8, local_steps=8), fs.Uniform()),
+    "FedBuff": (fs.FedBuff(buffer=4, concurrency=9, local_steps=8), fs.Uniform()),
+    "HeteroFL": (fs.HeteroFL(cohort=8, local_steps=8), fs.DynamicFL(high=2, budget=0.5)),
+    "compressed": (fs.FedAvg(cohort=8, local_steps=8, compression=fs.ErrorFeedback(inner=fs.TopK(share=0.1))), fs.FedSGD()),
+}
+
+
+def trained(name, executor, lanes=None, unit_blocks=None):
+    strategy, communication = STRATEGIES[name]
+    base = tiny.simulation()
+    training = Training.prepare(
+        task=base.task,
+        fleet=base.fleet,
+        strategy=strategy,
+        communication=communication,
+        rounds=3,
+        seed=0,
+        executor=executor,
+        lanes=lanes,
+        unit_blocks=unit_blocks,
+    )
+    state, records = training.init(), []
+    while state.round < 3:
+        state, record = training.step(state)
+        records.append(record)
+    return encoding.digest(state, records), state.params
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_strategy_gives_the_same_bits_anywhere_with_a_worker_killed():
+    with fs.RayExecutor(workers=2) as executor:
+        for name in STRATEGIES:
+            serial, _ = trained(name, fs.SerialExecutor(), lanes=2)
+            killer = Killer(executor, "train_unit", 2)
+            assert trained(name, killer, lanes=2, unit_blocks=1)[0] == serial, name
+            assert killer.killed, name
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_gives_one_model_alone_and_in_lanes(name):
+    loop, lanes = (trained(name, fs.SerialExecutor(), lanes=n)[1] for n in (1, 8))
+    # a value near the threshold of top-k may be kept on one side only
+    np.testing.assert_allclose(lanes, loop, rtol=0, atol=5e-3 if name == "compressed" else 2e-5)
+    assert np.abs(lanes - loop).mean() < 1e-5

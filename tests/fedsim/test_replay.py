@@ -17,6 +17,7 @@ from fedsim.local_training import train_unit
 from fedsim.parameters import Layout
 from fedsim.replay import Retraced, replay, taken_apart
 from fedsim.runs.schema import column
+from fedsim.strategies import FedBuff
 from fedsim.tasks.base import Dataset, Splits, Task
 
 spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
@@ -47,7 +48,7 @@ def cohort(run, round):
 def engine_end(run, round, client):
     """Where the engine's block leaves a client after the round's last merge, as the mean of a merge in which nobody else has weight."""
     retraced = Retraced(run)
-    part = taken_apart(retraced.local, retraced.before(round), [client])[1][-1]
+    part = taken_apart(retraced.local, retraced.before(round), [client])[-1]
     weights = (part.unit.clients == client)[None].astype(float)
     (outcome,) = retraced.local.executor.map(train_unit, [replace(part.unit, weights=weights)], part.shared)
     held = part.shared["shapes"][part.unit.shape].coordinates
@@ -77,10 +78,11 @@ def test_another_clients_way_ends_elsewhere(stored):
         {"communication": fs.FedSGD()},
         {"communication": fs.Uniform(uploads=2), "strategy": fs.Scaffold(client_lr=0.1, cohort=8, local_steps=8)},
         {"strategy": fs.FedProx(client_lr=0.1, cohort=8, mu=0.5, local_epochs=0.7)},
+        {"strategy": FedBuff(client_lr=0.1, buffer=6, concurrency=8, local_steps=8)},
         {"strategy": fs.FedAvg(client_lr=0.1, cohort=8, local_steps=8, clip=0.5, weight_decay=0.01)},
         {"strategy": fs.HeteroFL(client_lr=0.1, cohort=8, local_steps=8, widths=fs.Widths(rates=(1.0, 0.5), shares=(1, 1)))},
     ],
-    ids=["mixed", "every-step", "scaffold", "epochs", "clipped", "widths"],
+    ids=["mixed", "every-step", "scaffold", "epochs", "buffered", "clipped", "widths"],
 )
 def test_the_stored_loss_is_the_mean_of_the_steps(tmp_path, changes):
     run = simulated(tmp_path, **changes)
@@ -183,7 +185,7 @@ def test_what_was_not_trained_is_refused(stored, tmp_path):
     absent = next(c for c in range(12) if c not in cohort(stored, 1))
     with pytest.raises(ValueError, match=f"client {absent} took no part in round 1; its cohort was "):
         replay(stored, round=1, client=absent)
-    with pytest.raises(ValueError, match="round must be one of training, 0 to 4, got 5"):
+    with pytest.raises(ValueError, match="round must be one of the stored rounds of training, 0 to 4, got 5"):
         replay(stored, round=5, client=0)
     dropped = simulated(tmp_path, dropout=fs.Dropout(probability=0.5))
     table = dropped.clients()

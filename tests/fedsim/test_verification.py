@@ -15,6 +15,7 @@ from fedsim.errors import CheckpointError
 from fedsim.runs.run import Run
 from fedsim.runs.schema import column
 from fedsim.runs.store import RunStore
+from fedsim.strategies import FedBuff
 from fedsim.verification import Mismatch, verify
 
 spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
@@ -162,12 +163,13 @@ def test_a_run_that_was_interrupted_can_be_verified(copied):
     [
         {"communication": fs.RandomGroup(high=4, low=32, size=3)},
         {"strategy": fs.Scaffold(client_lr=0.05, cohort=8, local_steps=8), "communication": fs.FedSGD()},
+        {"strategy": FedBuff(client_lr=0.05, buffer=10, concurrency=8, local_steps=8)},
         {"strategy": fs.FedAvg(client_lr=0.05, cohort=8, local_epochs=0.5), "communication": fs.Uniform(), "lanes": 2},
         {"deadline": fs.Deadline(seconds=2.0, over_select=1.5), "dropout": fs.Dropout(probability=0.3), "communication": fs.Uniform()},
         {"strategy": fs.HeteroFL(client_lr=0.05, cohort=8, local_steps=8, widths=fs.Widths(rates=(1.0, 0.5), shares=(1, 1)))},
         {"strategy": fs.FedAvg(client_lr=0.05, cohort=8, local_steps=8, compression=fs.ErrorFeedback(inner=fs.TopK(share=0.1)))},
     ],
-    ids=["mixed", "scaffold", "epochs", "dropout", "widths", "compressed"],
+    ids=["mixed", "scaffold", "buffered", "epochs", "dropout", "widths", "compressed"],
 )
 def test_every_kind_of_training_can_be_verified(changes, tmp_path):
     run = simulated(tmp_path, **{"rounds": 12, "communication": fs.Uniform(), **changes})

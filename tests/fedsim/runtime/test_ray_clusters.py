@@ -1,0 +1,137 @@
+"""Clusters of several nodes, a node that dies, a store and a memory that are full: each ends as the serial run does, or with one clear error."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+import fedsim as fs
+from fedsim.encoding import digest
+from fedsim.errors import CapacityError
+from fedsim.rounds import Training
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture
+def cluster():
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def slow_sum(unit, shared, cache):
+    time.sleep(0.15)
+    return float(shared["values"].sum() * unit)
+
+
+def trained(executor, rounds=3):
+    training = Training.prepare(
+        task=fs.tasks.Digits(hidden=(16,)),
+        fleet=fs.Fleet.sample(24, partition=fs.LabelShards(2), seed=0),
+        strategy=fs.Scaffold(cohort=16, local_steps=6, batch_size=8),
+        communication=fs.Uniform(),
+        rounds=rounds,
+        seed=0,
+        executor=executor,
+        lanes=2,
+        unit_blocks=1,
+    )
+    state, records = training.init(), []
+    while state.round < rounds:
+        state, record = training.step(state)
+        records.append(record)
+    return digest(state, records)
+
+
+def test_a_node_that_dies_in_a_map_changes_no_result(cluster):
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    values = np.arange(300_000.0)
+    with fs.RayExecutor(address=cluster.address, workers=2, patience_seconds=20) as executor:
+        shared = {"values": executor.share(values)}
+        assert executor.map(slow_sum, [1, 2], shared) == [values.sum(), 2 * values.sum()]
+        killer = threading.Timer(1.0, cluster.remove_node, (second,), {"allow_graceful": False})
+        killer.start()
+        found = executor.map(slow_sum, list(range(20)), shared)
+        killer.join()
+        assert found == [float(values.sum() * unit) for unit in range(20)]
+        assert executor.map(slow_sum, [3], shared) == [3 * values.sum()]
+
+
+def test_training_on_two_nodes_gives_the_bits_of_this_process(cluster):
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    with fs.RayExecutor(address=cluster.address, workers=2) as executor:
+        assert trained(executor) == trained(fs.SerialExecutor())
+
+
+DRIVER = """
+import ray
+from fedsim.runtime.ray import RayExecutor
+
+def length(unit, shared, cache):
+    return len(unit)
+
+with RayExecutor(address="auto", workers=1) as executor:
+    print(len(ray.nodes()), executor.map(length, [[1, 2], [3]], {}))
+"""
+
+
+def test_a_driver_finds_a_running_cluster_by_itself(cluster, tmp_path):
+    """What ``ray job submit`` starts is such a driver: it joins the cluster named by the environment."""
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().endswith("1 [2, 1]"), done.stderr[-2000:]
+
+
+def heavy_result(unit, shared, cache):
+    return np.full(5_000_000, float(unit))
+
+
+def test_a_store_smaller_than_the_results_spills_and_gives_them_all():
+    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)
+    try:
+        with fs.RayExecutor(workers=1) as executor:
+            found = executor.map(heavy_result, list(range(12)), {})
+            assert [float(v[0]) for v in found] == list(range(12))
+            assert sum(v.nbytes for v in found) > 400 * 2**20
+    finally:
+        ray.shutdown()
+
+
+def greedy(unit, shared, cache):
+    if unit == 1:
+        hoard = []
+        while True:
+            hoard.append(np.ones(2**24))  # 128 MiB, every page touched
+            time.sleep(0.02)
+    return unit
+
+
+def test_a_unit_that_eats_the_memory_is_named_with_what_to_do(monkeypatch):
+    import psutil
+
+    memory = psutil.virtual_memory()
+    used = 1 - memory.available / memory.total
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{min(0.95, used + 0.1):.3f}")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with fs.RayExecutor(workers=1) as executor:
+            with pytest.raises(CapacityError, match=r"unit 1 .*memory.*fewer workers"):
+                executor.map(greedy, [0, 1, 2], {})
+            assert executor.map(greedy, [0, 2], {}) == [0, 2]
+    finally:
+        ray.shutdown()
