@@ -12,6 +12,7 @@ from itertools import pairwise
 from fedsim.clock import by_point
 
 Span = tuple[int, int]
+_MOST_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ def padded(count: int, lanes: int) -> int:
 
 
 def unit_size(num_blocks: int, workers: int) -> int:
-    """Blocks in a unit: a power of two that leaves about three units to each worker."""
+    """Blocks in a unit: a power of two that leaves about three units to each worker, and not more than memory near the core takes."""
     share = max(1, num_blocks // (3 * workers)) if workers > 1 else num_blocks
-    return 1 << (share.bit_length() - 1)
+    return min(_MOST_BLOCKS, 1 << (share.bit_length() - 1))
 
 
 def power_of_two(value: int, name: str) -> int:
