@@ -51,7 +51,7 @@ def main(path, out):
     rounds, cohort = cohorts.shape
     module = Perceptron(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     with torch.no_grad():
-        for p, part in zip(module.parameters(), np.split(job["params"], job["cuts"])):
+        for p, part in zip(module.parameters(), np.split(job["params"], job["cuts"]), strict=True):
             p.copy_(torch.from_numpy(part).view_as(p))
     drawn = iter(range(rounds * cohort))  # a user is a place in the sequence of all draws, so that each comes with the batches of its round
 
