@@ -162,8 +162,12 @@ def _train(
 def _parts(training: "Training", members: Ints) -> list[Ints]:
     """Members of each unit: an aligned run of a power of two of blocks."""
     cut = blocks(len(members), training.lanes)
-    size = training.unit_blocks or unit_size(len(cut), training.executor.workers)
+    size = training.unit_blocks or unit_size(len(cut), training.executor.workers, _block_flops(training))
     return [members[cut[i][0] : cut[min(i + size, len(cut)) - 1][1]] for i in range(0, len(cut), size)]
+
+
+def _block_flops(training: "Training") -> float:
+    return float(training.strategy.local_steps * training.lanes * training.costs(training.holders[:1])[2][0])
 
 
 def _unit(training: "Training", arrived: Arrived, part: Ints, weights: NDArray[np.float64]) -> Unit:

@@ -76,9 +76,13 @@ class Merging:
         count = len(blocks(len(segment.members), training.lanes))
         if training.unit_blocks is not None:
             return count <= training.unit_blocks
-        steps = (segment.end - segment.start) / len(segment.points)
-        flops = steps * len(segment.members) * step_flops(training.shapes[segment.shape].forward_flops, training.strategy.batch_size)
+        flops = self._flops(segment, len(segment.members)) / len(segment.points)
         return count == 1 or training.executor.workers == 1 or flops < _CHEAP_FLOPS
+
+    def _flops(self, segment: Segment, clients: int) -> float:
+        """Predicted cost of so many of the segment's clients."""
+        step = step_flops(self.training.shapes[segment.shape].forward_flops, self.training.strategy.batch_size)
+        return float((segment.end - segment.start) * clients * step)
 
     def _is_ready(self, segment: Segment) -> bool:
         """Its start is merged; and, if it merges on the way, so is every earlier point, because the server's rule takes them in order."""
@@ -87,8 +91,9 @@ class Merging:
         return len(segment.points) == 1 or all(p <= self.merged for p in self.order if p < segment.points[0])
 
     def _execute(self, ready: Sequence[Segment]) -> None:
-        """Longest chains first; the results do not depend on it."""
-        queue = [(segment, part) for segment in sorted(ready, key=lambda s: s.start - s.end) for part in self._parts(segment)]
+        """Costliest units first; the results do not depend on it."""
+        queue = [(segment, part) for segment in ready for part in self._parts(segment)]
+        queue.sort(key=lambda sent: -self._flops(sent[0], sent[1].stop - sent[1].start))  # stable: a segment's parts stay in order
         units = _Units(self, queue)
         training = self.training
         shared = {"state": self.server, **{k: v for k, v in training.shared.items() if k != "test"}, **self.models}
@@ -109,7 +114,7 @@ class Merging:
         cut = blocks(len(segment.members), training.lanes)
         if len(segment.points) > 1:
             return [slice(0, len(segment.members))]
-        size = training.unit_blocks or unit_size(len(cut), training.executor.workers)
+        size = training.unit_blocks or unit_size(len(cut), training.executor.workers, self._flops(segment, training.lanes))
         return [slice(cut[i][0], cut[min(i + size, len(cut)) - 1][1]) for i in range(0, len(cut), size)]
 
     def unit(self, segment: Segment, part: slice) -> Unit:
@@ -159,7 +164,7 @@ class Merging:
     def _merge_in_order(self) -> None:
         """Merge every point whose segments are all there, up to the first that lacks one."""
         for point in [p for p in self.order if p > self.merged]:
-            ending = sorted((s for s in self.nodes if s.end == point), key=lambda s: (s.start, s.shape))
+            ending = sorted((s for s in self.nodes if s.end == point), key=lambda s: (s.last_start, s.shape))
             if sum(len(s.members) for s in ending) < len(self.due[point]):
                 return
             root = tree_sum([self.nodes.pop(s) for s in ending])

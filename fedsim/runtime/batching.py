@@ -5,6 +5,7 @@ its own clients alone is chained with the next: it can stay on one worker. A *bl
 positions that train as one program; a *unit* is an aligned run of ``2**j`` blocks sent to one worker.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ from fedsim.clock import by_point
 
 Span = tuple[int, int]
 _MOST_BLOCKS = 16
+WORTH_FLOPS = 2.5e8  # of a unit: about 50 ms of a core, twenty times what sending it costs
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Segment:
     @property
     def end(self) -> int:
         return self.points[-1]
+
+    @property
+    def last_start(self) -> int:
+        """The point from whose model it goes to its end, chained or not: what orders the fold."""
+        return self.points[-2] if len(self.points) > 1 else self.start
 
 
 def segments(points: Sequence[tuple[int, ...]], shapes: Sequence[int] | None = None) -> tuple[Segment, ...]:
@@ -79,10 +86,17 @@ def padded(count: int, lanes: int) -> int:
     return count if lanes == 1 else min(lanes, -(-count // 4) * 4)
 
 
-def unit_size(num_blocks: int, workers: int) -> int:
-    """Blocks in a unit: a power of two that leaves about three units to each worker, and not more than memory near the core takes."""
-    share = max(1, num_blocks // (3 * workers)) if workers > 1 else num_blocks
-    return min(_MOST_BLOCKS, 1 << (share.bit_length() - 1))
+def unit_size(num_blocks: int, workers: int, block_flops: float) -> int:
+    """Blocks in a unit: a power of two that leaves about three units to each worker and, unless that leaves fewer than one, is worth the trip.
+
+    Not more than memory near the core takes. ``block_flops`` predicts what a block costs; it decides where work runs, never what comes out.
+    """
+    if workers == 1:
+        return min(_MOST_BLOCKS, 1 << (num_blocks.bit_length() - 1))
+    three_each = 1 << (max(1, num_blocks // (3 * workers)).bit_length() - 1)
+    one_each = 1 << (max(1, num_blocks // workers).bit_length() - 1)
+    worth = 1 << max(0, math.ceil(math.log2(WORTH_FLOPS / max(block_flops, 1.0))))
+    return min(_MOST_BLOCKS, one_each, max(three_each, worth))
 
 
 def power_of_two(value: int, name: str) -> int:

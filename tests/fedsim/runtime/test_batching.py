@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.runtime.batching import Segment, blocks, chains, padded, power_of_two, segments, unit_size
+from fedsim.runtime.batching import WORTH_FLOPS, Segment, blocks, chains, padded, power_of_two, segments, unit_size
 
 ROUND = st.lists(st.sets(st.integers(1, 7), max_size=6), min_size=1, max_size=7).map(lambda rows: [(*sorted(r), 8) for r in rows])
 
@@ -44,11 +44,16 @@ def test_blocks_cover_positions_and_only_the_last_is_short():
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 @pytest.mark.parametrize("num", [1, 2, 7, 64, 1000])
-def test_units_are_powers_of_two_and_leave_work_for_everyone(num, workers):
-    size = unit_size(num, workers)
+@pytest.mark.parametrize("flops", [1.0, 1e7, 1e12])
+def test_units_are_powers_of_two_and_leave_work_for_everyone(num, workers, flops):
+    size = unit_size(num, workers, flops)
     assert power_of_two(size, "size") <= num
-    if workers > 1 and num >= 3 * workers:
-        assert num / size >= 3 * workers
+    if workers > 1:
+        assert num / size >= min(num, workers)
+        if flops > WORTH_FLOPS and num >= 3 * workers:
+            assert num / size >= 3 * workers
+        if size < 16 and num / size >= 2 * workers:
+            assert size * flops >= WORTH_FLOPS
 
 
 def test_other_sizes_are_refused():
