@@ -32,7 +32,11 @@ _EXPORTS = {
     "fedsim.runtime.serial": ("SerialExecutor",),
     "fedsim.simulation": ("Simulation", "resume", "run", "simulate"),
     "fedsim.availability": ("Always", "Diurnal", "Independent", "Trace"),
+    "fedsim.explanation": ("Explanation", "explain"),
     "fedsim.nesting": ("Widths",),
+    "fedsim.replaying": ("LocalStep", "Replay", "replay"),
+    "fedsim.tuning": ("Tuning", "tune"),
+    "fedsim.verification": ("Mismatch", "Verification", "verify"),
     "fedsim.resampled": ("Resampled",),
     "fedsim.stragglers": ("Deadline", "Dropout"),
     "fedsim.strategies": (

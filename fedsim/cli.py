@@ -1,6 +1,7 @@
 """The command line. Everything heavy is imported inside the command that needs it, so ``--help`` answers at once."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +167,92 @@ def demo(ctx: typer.Context, out: Out = Path("runs"), workers: Workers = None) -
     ctx.obj["again"] = True
     with _executor(workers) as executor:
         demo(str(out), executor=executor)
+
+
+@main.command()
+def doctor(
+    out: Out = Path("runs"),
+    address: Annotated[
+        str | None, typer.Option(help='Ray cluster to join: "auto" or host:port. Default: a small one is started and stopped.')
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check this machine: versions, cores, memory, disks, Ray, and that batched clients are independent to the last bit.
+
+    The exit code is 1 if something that is needed is missing; every line that is not ok says what to do.
+    """
+    from fedsim.doctor import examine
+
+    findings = []
+    for finding in examine(out, address=address):
+        findings.append(finding)
+        if not as_json:
+            typer.secho(str(finding), fg={"ok": None, "note": "yellow", "failed": "red"}[finding.state])
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    if any(finding.state == "failed" for finding in findings):
+        raise typer.Exit(1)
+
+
+@main.command()
+def tune(recipe: RecipeText, seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 20.0) -> None:
+    """Time the widths of batched clients (lanes) for a recipe on this machine; the line to put into it is printed, never written."""
+    simulation = _simulation(recipe)
+    from fedsim.tuning import tune
+
+    typer.echo(tune(simulation, seconds=seconds).table())
+
+
+@main.command()
+def explain(
+    recipe: RecipeText,
+    workers: Workers = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Longest dry run; what is left is extrapolated.")] = 30.0,
+) -> None:
+    """Say what a recipe will cost before it starts: bytes, FLOPs, simulated and real time, memory. A plan that cannot run is refused with the reason."""
+    simulation = _simulation(recipe)
+    from fedsim.explanation import explain
+
+    plan = explain(simulation, workers=None if workers is None else max(1, workers), seconds=seconds)
+    if plan.refused:
+        raise ValueError(plan.refused)
+    typer.echo(plan.table())
+
+
+@main.command()
+def verify(
+    run: RunText,
+    blocks: Annotated[int, typer.Option(min=1, help="Random blocks of clients to train again.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of their draw.")] = 0,
+    reach: Annotated[
+        int, typer.Option(min=0, help="Rounds after a stored model from which they are drawn; 0: all, which may take as long as the run.")
+    ] = 10,
+    workers: Annotated[int, typer.Option(min=0, help="Ray actors for whole rounds; 0 runs in this process.")] = 0,
+) -> None:
+    """Train random blocks of a stored run again and compare their hashes. The exit code is 1 where they differ."""
+    stored = _stored(run)
+    from fedsim.verification import verify
+
+    with _executor(workers) as executor:
+        found = verify(stored, blocks, seed, reach=reach or None, executor=executor)
+    typer.echo(found.table())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@main.command()
+def replay(
+    run: RunText,
+    round: Annotated[int, typer.Option(min=0, help="Round of training.")],
+    client: Annotated[int, typer.Option(min=0, help="A client of its cohort.")],
+    stop: Annotated[bool, typer.Option("--breakpoint", help="Open the debugger before every step.")] = False,
+) -> None:
+    """Train one client of a stored round again, step by step, in this process."""
+    stored = _stored(run)
+    from fedsim.replaying import replay
+
+    steps = replay(stored, round=round, client=client, breakpoint=stop)
+    typer.echo(steps.table())
 
 
 @main.command("list")

@@ -1,11 +1,12 @@
-"""Lanes of perceptrons, with the forward and the backward pass written out.
+"""Lanes of perceptrons, with the forward and the backward pass written out, in buffers made once for all steps.
 
-Under plain SGD a product of the backward pass adds into the weights themselves, so a gradient is never stored; other local rules are
-given gradients. Both equal :class:`fedsim.lanes.LaneBlock` up to rounding, at a fraction of its dispatch.
+A product of the backward pass adds straight into the weights, or the momenta, so a gradient is kept only for local rules that look at
+it. Both equal :class:`fedsim.lanes.LaneBlock` up to rounding, at a fraction of its dispatch.
 """
 
 # W lanes, T local steps, B examples of a batch, K classes, D features
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +18,7 @@ from fedsim.lanes import LaneBlock, Rows, StepError
 from fedsim.strategies import Strategy
 from fedsim.tasks.base import Dataset, Task
 
-_NARROW = 16
-_GATHERED = 2**21  # scalars of inputs fetched at once
+_FETCHED = 2**21  # scalars of inputs and targets fetched at once
 
 
 def is_dense(task: Task, model: nn.Module, dataset: Dataset) -> bool:
@@ -37,103 +37,148 @@ def is_dense(task: Task, model: nn.Module, dataset: Dataset) -> bool:
 
 
 class _Layer(NamedTuple):
-    """Weight (W, out, in) and bias (W, out) of a linear layer, where they stand in the layout, and whether a ReLU follows."""
+    """Weight (W, out, in) and bias (W, out) of a linear layer, where they stand in the layout, and its buffers; whether a ReLU follows.
+
+    ``out`` (W, B, out) leaves the layer, ``slope`` (W, out, B) is that of the losses in it. In the last layer they are one buffer (W, K, B), first logits,
+    then slope: with few classes its products have the longer rows. ``back`` (W, B, in) is the slope in what enters, where one is needed.
+    """
 
     weight: Tensor
     bias: Tensor | None
     at: tuple[int, int]
-    rectified: bool
+    out: Tensor
+    slope: Tensor
+    back: Tensor | None
+    rectified: bool = False
 
 
 class DenseBlock(LaneBlock):
     """See :func:`is_dense`, which must hold."""
 
     def train(self, dataset: Dataset, rows: Rows, low: int, active: NDArray[np.bool_]) -> Tensor:
-        rule = self.strategy
-        plain = type(rule).direction is Strategy.direction and self._shift[0] is None and not rule.momentum and rule.clip is None
-        layers, (_, steps, batch) = self._layers(), rows.shape
-        losses = torch.empty(steps, self.width, batch, dtype=self.weights[0].dtype)
-        chunk = max(1, _GATHERED // (self.width * batch * int(np.prod(dataset.inputs.shape[1:]))))
-        t = 0
+        layers, steps, t = self._layers(rows.shape[2]), rows.shape[1], 0
+        losses = torch.empty(steps, self.width, dtype=self.weights[0].dtype)
+        classes = layers[-1].weight.shape[1]
+        chunk = max(1, _FETCHED // (self.width * rows.shape[2] * (layers[0].weight.shape[2] + 2 * classes)))
         try:
             with torch.no_grad():
                 for first in range(0, steps, chunk):
-                    taken = rows[self._fill, first : first + chunk].transpose(1, 0, 2)
-                    inputs, targets = dataset.batch(taken.reshape(-1))
-                    inputs, targets = inputs.view(*taken.shape, -1), targets.view(*taken.shape, 1)
-                    for t in range(first, first + len(taken)):
-                        tape, slope = self._forward(layers, inputs[t - first], targets[t - first], losses[t])
-                        if plain and active[t].all():
-                            self._descend_along(layers, tape, slope)
-                        else:
-                            taking = None if active[t].all() else self._lanes_of(active[t])
-                            self._descend(self._gradients(layers, tape, slope), taking, lanes=True)
+                    t = first
+                    inputs, targets = self._fetched(dataset, rows[self._fill, first : first + chunk])
+                    t += _known(targets, classes)
+                    hot = inputs.new_zeros(len(inputs), *layers[-1].out.shape).scatter_(2, targets, 1.0)
+                    logs = torch.empty_like(hot)
+                    for t, parts in enumerate(zip(inputs, logs, hot, strict=True), first):
+                        _forward(layers, *parts)
+                        self._step_back(layers, parts[0], active[t])
+                    losses[first : first + chunk] = logs.gather(2, targets).mean((2, 3)).neg_()
         except Exception as error:
             raise StepError(t) from error
-        return losses.mean(2)
+        return losses
 
-    def _forward(self, layers: list[_Layer], inputs: Tensor, targets: Tensor, losses: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What enters each layer (W, B, in), and the slope (W, B, K) of the summed losses in the logits; ``losses`` (W, B) are written."""
-        hidden, tape = inputs, []
-        for layer in layers:
-            tape.append(hidden)
-            hidden = _through(layer, hidden)
-            if layer.rectified:
-                hidden.relu_()
-        logs = hidden.log_softmax(-1)
-        torch.neg(logs.gather(-1, targets).squeeze(-1), out=losses)
-        return tape, logs.exp_().scatter_add_(-1, targets, logs.new_full((1, 1, 1), -1.0).expand_as(targets))
+    def _fetched(self, dataset: Dataset, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Inputs (T, W, B, D) and targets (T, W, 1, B) of the examples ``rows`` (W, T, B)."""
+        inputs, targets = dataset.batch(rows.reshape(-1))
+        lanes, steps, batch = rows.shape
+        return inputs.view(lanes, steps, batch, -1).transpose(0, 1), targets.view(lanes, steps, 1, batch).transpose(0, 1)
 
-    def _descend_along(self, layers: list[_Layer], tape: list[Tensor], slope: Tensor) -> None:
+    @staticmethod
+    def lanes_for(count: int, lanes: int) -> int:
+        return max(count, min(4, lanes))
+
+    def _step_back(self, layers: Sequence[_Layer], inputs: Tensor, taking: NDArray[np.bool_]) -> None:
+        """One step of the clients ``taking`` (n,), with the slope of the losses in the last layer."""
+        rule = self.strategy
+        if type(rule).direction is not Strategy.direction or rule.clip is not None:
+            self._descend(self._gradients(layers, inputs), None if taking.all() else self._lanes_of(taking), lanes=True)
+        elif taking.all():
+            self._descend_along(layers, inputs)
+        else:  # every lane steps, then the idle are put back: whether somebody idles must not change how the others round
+            idle = torch.from_numpy(np.flatnonzero(~taking[self._fill]))
+            before = [w[idle] for w in self.weights]
+            self._descend_along(layers, inputs)
+            for weight, value in zip(self.weights, before, strict=True):
+                weight[idle] = value
+
+    def _descend_along(self, layers: Sequence[_Layer], inputs: Tensor) -> None:
         """From the slope back through the layers, stepping each as it is passed."""
-        rate, kept = self.strategy.client_lr / slope.shape[1], 1.0 - self.strategy.client_lr * self.strategy.weight_decay
-        for depth in reversed(range(len(layers))):
-            layer = layers[depth]
-            below = torch.bmm(slope, layer.weight) if depth else slope
-            layer.weight.baddbmm_(slope.transpose(1, 2), tape[depth], beta=kept, alpha=-rate)
+        rule, into = self.strategy, self.weights
+        scale, kept = -rule.client_lr, 1.0 - rule.client_lr * rule.weight_decay
+        if self.momenta is not None:
+            into, scale, kept = self.momenta, 1.0, rule.momentum
+        for layer, entering in _backwards(layers, inputs):
+            into[layer.at[0]].baddbmm_(layer.slope, entering, beta=kept, alpha=scale / inputs.shape[1])
             if layer.bias is not None:
-                bias = layer.bias if kept == 1.0 else layer.bias.mul_(kept)
-                bias.sub_(slope.sum(1), alpha=rate)
-            slope = _behind(layers, depth, below, tape[depth])
+                bias = into[layer.at[1]] if kept == 1.0 else into[layer.at[1]].mul_(kept)
+                bias.add_(layer.slope.sum(2), alpha=scale / inputs.shape[1])
+        if self._shift[0] is not None:
+            torch._foreach_add_(into, list(self._shift), alpha=scale)  # type: ignore[arg-type]
+        if self.momenta is not None:
+            if rule.weight_decay:
+                torch._foreach_add_(into, self.weights, alpha=rule.weight_decay)
+            torch._foreach_add_(self.weights, into, alpha=-rule.client_lr)
 
-    def _gradients(self, layers: list[_Layer], tape: list[Tensor], slope: Tensor) -> list[Tensor]:
+    def _gradients(self, layers: Sequence[_Layer], inputs: Tensor) -> list[Tensor]:
         """Of the mean losses in every parameter, in layout order."""
-        gradients: list[Tensor] = [slope] * len(self.weights)
-        slope = slope / slope.shape[1]
-        for depth in reversed(range(len(layers))):
-            layer = layers[depth]
-            gradients[layer.at[0]] = torch.bmm(slope.transpose(1, 2), tape[depth])
+        gradients = list(self.weights)
+        layers[-1].slope.div_(inputs.shape[1])
+        for layer, entering in _backwards(layers, inputs):
+            gradients[layer.at[0]] = torch.bmm(layer.slope, entering)
             if layer.bias is not None:
-                gradients[layer.at[1]] = slope.sum(1)
-            below = torch.bmm(slope, layer.weight) if depth else slope
-            slope = _behind(layers, depth, below, tape[depth])
+                gradients[layer.at[1]] = layer.slope.sum(2)
         return gradients
 
-    def _layers(self) -> list[_Layer]:
+    def _layers(self, batch: int) -> list[_Layer]:
+        """The linear layers, first to last, with buffers for batches of ``batch``."""
         layers: list[_Layer] = []
         place = {name: i for i, name in enumerate(self.layout.names)}
+        linear = {name: m for name, m in self._model.named_children() if isinstance(m, nn.Linear)}
+        backs = [None, *(self.weights[0].new_empty(self.width, batch, m.in_features) for m in list(linear.values())[1:])]
         for name, module in self._model.named_children():
-            if isinstance(module, nn.Linear):
-                at = place[f"{name}.weight"], place.get(f"{name}.bias", -1)
-                layers.append(_Layer(self.weights[at[0]], None if at[1] < 0 else self.weights[at[1]], at, False))
-            elif isinstance(module, nn.ReLU):
+            if isinstance(module, nn.ReLU):
                 layers[-1] = layers[-1]._replace(rectified=True)
+            if name not in linear:
+                continue
+            at = place[f"{name}.weight"], place.get(f"{name}.bias", -1)
+            weight, bias = self.weights[at[0]], None if at[1] < 0 else self.weights[at[1]]
+            after = backs[len(layers) + 1] if len(layers) + 1 < len(backs) else None
+            out = weight.new_empty(self.width, len(weight[0]), batch) if after is None else torch.empty_like(after)
+            layers.append(_Layer(weight, bias, at, out, out if after is None else after.transpose(1, 2), backs[len(layers)]))
         return layers
 
 
-def _through(layer: _Layer, entering: Tensor) -> Tensor:
-    """What leaves the layer, (W, B, out); where that is narrow, by the product whose rows are long, which is the faster one."""
-    if layer.weight.shape[1] < _NARROW:
-        turned = entering.transpose(1, 2)
-        left = torch.bmm(layer.weight, turned) if layer.bias is None else torch.baddbmm(layer.bias[:, :, None], layer.weight, turned)
-        return left.transpose(1, 2)
-    turned = layer.weight.transpose(1, 2)
-    return torch.bmm(entering, turned) if layer.bias is None else torch.baddbmm(layer.bias[:, None], entering, turned)
+def _known(targets: Tensor, classes: int) -> int:
+    """0 if all targets (T, W, 1, B) are among the ``classes``; else the first step of which one is not, which will then raise."""
+    low, high = torch.aminmax(targets)
+    if low >= 0 and high < classes:
+        return 0
+    return int(((targets < 0) | (targets >= classes)).flatten(1).any(1).int().argmax())
 
 
-def _behind(layers: list[_Layer], depth: int, below: Tensor, entering: Tensor) -> Tensor:
-    """The slope in what enters layer ``depth``, taken back through the ReLU before it."""
-    if not (depth and layers[depth - 1].rectified):
-        return below
-    masked: Tensor = torch.ops.aten.threshold_backward(below, entering, 0.0)  # a product with booleans would first convert them
-    return masked
+def _forward(layers: Sequence[_Layer], inputs: Tensor, logs: Tensor, hot: Tensor) -> None:
+    """Log-probabilities into ``logs`` (W, K, B), and into the last layer's ``slope`` that of the summed losses; ``hot`` (W, K, B) is 1 at the targets."""
+    entering, last = inputs, layers[-1]
+    for layer in layers[:-1]:
+        turned = layer.weight.transpose(1, 2)
+        if layer.bias is None:
+            torch.bmm(entering, turned, out=layer.out)
+        else:
+            torch.baddbmm(layer.bias[:, None], entering, turned, out=layer.out)
+        entering = layer.out.relu_() if layer.rectified else layer.out
+    if last.bias is None:
+        torch.bmm(last.weight, entering.transpose(1, 2), out=last.out)
+    else:
+        torch.baddbmm(last.bias[:, :, None], last.weight, entering.transpose(1, 2), out=last.out)
+    torch.log_softmax(last.out, 1, out=logs)
+    torch.exp(logs, out=last.slope).sub_(hot)
+
+
+def _backwards(layers: Sequence[_Layer], inputs: Tensor) -> Iterator[tuple[_Layer, Tensor]]:
+    """The layers, last to first, each with what entered it, when its own slope and that behind it are there; after that its weights may change."""
+    for depth in reversed(range(len(layers))):
+        layer, entering = layers[depth], layers[depth - 1].out if depth else inputs
+        if layer.back is not None:
+            torch.bmm(layer.slope.transpose(1, 2), layer.weight, out=layer.back)
+            if layers[depth - 1].rectified:  # a product with booleans would first convert them
+                torch.ops.aten.threshold_backward.grad_input(layer.back, entering, 0.0, grad_input=layer.back)
+        yield layer, entering

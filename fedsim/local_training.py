@@ -217,7 +217,9 @@ class _Leg:
             losses = block.train(self.dataset, rows, low, active)
         except StepError as error:
             _blame(self.unit, block, self.dataset, rows[:, error.step], low + error.step, error.__cause__)
-        found = np.where(active, losses.double().cpu().numpy()[:, : len(block.clients)], 0.0)
+        found = losses[:, : len(block.clients)].double().cpu().numpy()
+        if not active.all():
+            found = np.where(active, found, 0.0)
         _check_losses(self.unit, block, found, low)
         block.losses += found.sum(0)
 
@@ -272,7 +274,7 @@ def _culprit(block: Block, dataset: Dataset, rows: Rows) -> int | None:
 
 
 def _check_losses(unit: Unit, block: Block, losses: NDArray[np.float64], at: int) -> None:
-    bad = np.argwhere(~np.isfinite(losses))
-    if len(bad):
-        step, lane = bad[0]
+    finite = np.isfinite(losses)
+    if not finite.all():
+        step, lane = np.argwhere(~finite)[0]
         raise DivergedError(f"the loss is {losses[step, lane]}", client=int(block.clients[lane]), round=unit.round, step=int(at + step + 1))

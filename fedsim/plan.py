@@ -138,6 +138,6 @@ def _merged(points: tuple[int, ...], vanishes: bool, stays: int, in_time: bool) 
 
 def _check_points(communication: UploadSchedule, schedule: Schedule, steps: int) -> None:
     """A client's points rise and end with the round; ``ValueError`` naming the schedule where they do not."""
-    for points in schedule.points:
+    for points in set(schedule.points):
         if points and (list(points) != sorted(set(points)) or points[0] < 1 or points[-1] != steps):
             raise ValueError(f"{communication!r} gave sync points {points}; they must rise from 1 and end at local_steps={steps}")

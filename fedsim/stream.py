@@ -16,10 +16,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedsim.drift import Cells, Draws, Drift, DriftSchedule
+from fedsim.drift import Cells, Change, Draws, Drift, DriftSchedule
 from fedsim.fleet import Fleet
-from fedsim.partition import Shards
+from fedsim.shards import Shards
 from fedsim.randomness import rng_for, uniforms
+from fedsim.sampling import ranks
 from fedsim.tasks import Dataset, Task
 
 Floats = NDArray[np.float64]
@@ -56,7 +57,9 @@ class Sampled(Activity):
         if self.num > num_clients:
             raise ValueError(f"Sampled asks for {self.num} active clients, but the fleet has {num_clients}")
         order = np.argsort(_coins(tick, num_clients, seed), kind="stable")
-        return np.isin(np.arange(num_clients), order[: self.num])
+        flags = np.zeros(num_clients, bool)
+        flags[order[: self.num]] = True
+        return flags
 
 
 @dataclass(frozen=True)
@@ -188,14 +191,17 @@ class Stream:
 
     def draw_at(self, client: int, ticks: ArrayLike) -> tuple[NDArray[np.floating], Ints]:
         """Inputs (T, B, ...) and targets (T, B) of any ``ticks`` (T,): a tick's draws do not depend on the others asked for."""
+        inputs, targets = self.draw_many(np.array([client]), ticks)
+        return inputs[0], targets[0]
+
+    def draw_many(self, clients: Ints, ticks: ArrayLike) -> tuple[NDArray[np.floating], Ints]:
+        """Inputs (n, T, B, ...) and targets (n, T, B) of ``ticks`` (T,) for each of ``clients`` (n,): what each would get alone."""
         ticks = np.asarray(ticks, np.int64)
-        mixes = [(j, self.schedules[j].strength(client, ticks, self.batch, self.seed, j)) for j in self._order(client)]
-        rows = self._rows(client, ticks, mixes)
-        inputs, targets = self.dataset.inputs[rows], self.dataset.targets[rows]
-        for j, strength in mixes:
-            if strength.any():
-                draws = Draws(seed=self.seed, client=client, ticks=ticks, batch=self.batch, part=j, num_classes=self.cells.num_classes)
-                inputs, targets = self.schedules[j].drift.change.apply(inputs, targets, strength, draws)
+        shape = (len(clients), len(ticks), self.batch)
+        inputs = np.empty((*shape, *self.dataset.inputs.shape[1:]), self.dataset.inputs.dtype)
+        targets = np.empty((*shape, *self.dataset.targets.shape[1:]), self.dataset.targets.dtype)
+        for order, members in self._by_order(clients):
+            inputs[members], targets[members] = self._drawn(clients[members], ticks, order)
         return inputs, targets
 
     @cached_property
@@ -205,13 +211,17 @@ class Stream:
         A drift that leaves a client's law as it was (a switch to the domain it lives in) counts as none.
         """
         found = np.full((len(self.laws.shares), len(self.schedules)), -1, np.int64)
-        for client in np.flatnonzero([self._order(c) != () for c in range(len(found))]):
-            weights = self.law(int(client))
-            for j in self._order(int(client)):
-                change = self.schedules[j].drift.change
-                if change.alters(weights, self.cells, self._law_rng(j, int(client))):
-                    found[client, j] = self.schedules[j].nu[client]
-                weights = change.law(weights, self.cells, self._law_rng(j, int(client)))
+        for order, clients in self._by_order(np.arange(len(found))):
+            if not set(order) & set(self._of_law):
+                self._note_changes(found, order, clients)
+                continue
+            for client in clients.tolist():
+                weights = self.law(client)
+                for j in order:
+                    change = self.schedules[j].drift.change
+                    if change.alters(weights, self.cells, self._law_rng(j, client)):
+                        found[client, j] = self.schedules[j].nu[client]
+                    weights = change.law(weights, self.cells, self._law_rng(j, client))
         return found
 
     @cached_property
@@ -244,26 +254,76 @@ class Stream:
             domain_names=self.domain_names,
         )
 
-    def _rows(self, client: int, ticks: Ints, mixes: list[tuple[int, Floats]]) -> Ints:
-        """Test examples (T, B) to draw: the law is chosen by which drifts hold for an example, then a cell, then one of its members."""
-        coins = uniforms(self.seed, "stream", np.full(len(ticks), client), ticks, 2 * self.batch)
+    def _drawn(self, clients: Ints, ticks: Ints, order: tuple[int, ...]) -> tuple[NDArray[np.floating], Ints]:
+        """Inputs (n, T, B, ...) and targets (n, T, B) of clients (n,) hit by the drifts of ``order``."""
+        owners, times = np.repeat(clients, len(ticks)), np.tile(ticks, len(clients))
+        mixes = [(j, self.schedules[j].strength(owners, times, self.batch, self.seed, j)) for j in order]
+        rows = self._rows(clients, ticks, mixes)
+        inputs, targets = self.dataset.inputs[rows], self.dataset.targets[rows]
+        for j, strength in mixes:
+            hit = strength.any(axis=1)
+            if hit.any():
+                draws = Draws(
+                    seed=self.seed, client=owners[hit], ticks=times[hit], batch=self.batch, part=j, num_classes=self.cells.num_classes
+                )
+                inputs[hit], targets[hit] = self.schedules[j].drift.change.apply(inputs[hit], targets[hit], strength[hit], draws)
+        shape = (len(clients), len(ticks))
+        return inputs.reshape(*shape, *inputs.shape[1:]), targets.reshape(*shape, *targets.shape[1:])
+
+    def _rows(self, clients: Ints, ticks: Ints, mixes: list[tuple[int, Floats]]) -> Ints:
+        """Test examples (n T, B) to draw: the law is chosen by which drifts hold for an example, then a cell, then one of its members."""
+        coins = uniforms(self.seed, "stream", np.repeat(clients, len(ticks)), np.tile(ticks, len(clients)), 2 * self.batch)
         which, member = coins[:, : self.batch], coins[:, self.batch :]
         pattern = np.zeros(which.shape, np.int64)
+        mixes = [(j, strength) for j, strength in mixes if j in self._of_law]
         for bit, (_, strength) in enumerate(mixes):
             pattern |= (strength > 0).astype(np.int64) << bit
         cell = np.empty(which.shape, np.int64)
+        by_client = (len(clients), -1)
         for code in np.unique(pattern):
-            law = self.law(client, [j for bit, (j, _) in enumerate(mixes) if code >> bit & 1])
-            cumulative = np.cumsum(law)
             here = pattern == code
-            cell[here] = np.searchsorted(cumulative / cumulative[-1], which[here], side="right")
+            having = np.flatnonzero(here.reshape(by_client).any(axis=1))
+            edges = self._edges(clients[having], [j for bit, (j, _) in enumerate(mixes) if code >> bit & 1])
+            found = np.zeros((len(clients), which.size // len(clients)), np.int64)
+            found[having] = ranks(edges, which.reshape(by_client)[having])
+            cell[here] = found.reshape(which.shape)[here]
         counts = self.cells.counts
         return np.asarray(self._members[(np.cumsum(counts) - counts)[cell] + (member * counts[cell]).astype(np.int64)])
 
-    def _order(self, client: int) -> tuple[int, ...]:
-        """The drifts that ever hit a client, by start, then by place in the scenario."""
-        starts = [int(s.nu[client]) for s in self.schedules]
-        return tuple(sorted((j for j, nu in enumerate(starts) if nu >= 0), key=lambda j: (starts[j], j)))
+    def _edges(self, clients: Ints, drifts: list[int]) -> Floats:
+        """Cumulative law (n, K) of each client after the changes of ``drifts``."""
+        if drifts:
+            laws = np.stack([self.law(int(c), drifts) for c in clients])
+        else:
+            laws = self.laws.shares[clients][:, self._value_of_cell] * self._share_of_value
+            laws /= laws.sum(axis=1, keepdims=True)
+        cumulative = np.cumsum(laws, axis=1)
+        return np.asarray(cumulative / cumulative[:, -1:])
+
+    def _note_changes(self, found: Ints, order: tuple[int, ...], clients: Ints) -> None:
+        """What drifts that leave the sampling law alone change for ``clients`` (n,): once for each law there is."""
+        _, first, same = np.unique(self.laws.shares[clients], axis=0, return_index=True, return_inverse=True)
+        for j in order:
+            change, nu = self.schedules[j].drift.change, self.schedules[j].nu[clients]
+            alters = [change.alters(self.law(int(c)), self.cells, self._law_rng(j, int(c))) for c in clients[first]]
+            found[clients, j] = np.where(np.array(alters)[same.reshape(-1)], nu, -1)
+
+    def _by_order(self, clients: Ints) -> list[tuple[tuple[int, ...], Ints]]:
+        """Positions of ``clients`` (n,) by the drifts that ever hit them, in order of start, then of place in the scenario."""
+        if not self.schedules:
+            return [((), np.arange(len(clients)))]
+        starts = np.stack([s.nu[clients] for s in self.schedules], axis=1)
+        never = len(self.schedules)
+        order = np.argsort(np.where(starts < 0, np.iinfo(np.int64).max, starts), axis=1, kind="stable")
+        order[np.arange(never) >= (starts >= 0).sum(axis=1)[:, None]] = never
+        code = order @ (never + 1) ** np.arange(never)
+        _, first, group = np.unique(code, return_index=True, return_inverse=True)
+        return [(tuple(j for j in order[i].tolist() if j < never), np.flatnonzero(group == g)) for g, i in enumerate(first)]
+
+    @cached_property
+    def _of_law(self) -> tuple[int, ...]:
+        """The drifts that change a sampling law."""
+        return tuple(j for j, s in enumerate(self.schedules) if type(s.drift.change).law is not Change.law)
 
     def _law_rng(self, drift: int, client: int) -> np.random.Generator:
         return rng_for(self.seed, "drift-law", drift, client)

@@ -106,12 +106,17 @@ def mean(root: Partial, otherwise: Vector) -> Vector:
 def fold(rows: Vector, weights: NDArray[np.float64]) -> Partial:
     """The node over whole updates ``rows`` (n, P): their weighted sum along the fixed tree; half precision is summed in single."""
     dtype = fold_dtype(rows.dtype)
-    level = rows.astype(dtype, copy=False) * weights.astype(dtype)[:, None]
+    rows, shares, paired = rows.astype(dtype, copy=False), weights.astype(dtype)[:, None], len(rows) & ~1
+    level = rows[0:paired:2] * shares[0:paired:2]
+    level += rows[1:paired:2] * shares[1:paired:2]  # the leaves and the first sums in one pass over half the memory
+    if paired < len(rows):
+        level = np.concatenate([level, rows[paired:] * shares[paired:]])
     while len(level) > 1:
         paired = len(level) & ~1
-        pairs = level[0:paired:2] + level[1:paired:2]
+        pairs = level[0:paired:2]
+        pairs += level[1:paired:2]
         level = pairs if paired == len(level) else np.concatenate([pairs, level[paired:]])
-    return Partial(level[0], tree([float(w) for w in weights], float.__add__))
+    return Partial(level[0].copy(), tree([float(w) for w in weights], float.__add__))
 
 
 def spread(node: Partial, coordinates: NDArray[np.int64], size: int) -> Partial:

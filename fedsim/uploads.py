@@ -62,6 +62,8 @@ class Sender:
     ) -> tuple[Tensor, Vector | None]:
         """What the server receives (n, M), and what each client keeps (n, S + S'); see :class:`fedsim.strategies.Trained`."""
         sizes = self.sizes
+        if type(self.strategy).finish is Strategy.finish and self.strategy.compression is None and not sizes.memory:
+            return end, None
         if not sizes.memory:
             kept = end.new_empty(len(end), 0)
         else:

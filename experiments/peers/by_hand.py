@@ -8,36 +8,36 @@ import torch
 from experiments.peers.job import Job, Vector
 
 
-def run_torch(job: Job, rounds: int, width: int = 50) -> tuple[list[float], Vector]:
-    """Batched products of torch, ``width`` clients at once."""
+def run_torch(job: Job, rounds: int) -> tuple[list[float], Vector]:
+    """Batched products of torch into buffers made once; the logits stand by class, so that the narrow products have long rows."""
     data = job.task.data().train
     inputs, targets = torch.from_numpy(data.inputs), torch.from_numpy(data.targets)
     server = [p.detach().clone() for p in job.task.build(job.seed).parameters()]
-    seconds = []
+    n, steps, batch, (hidden, features), classes = job.cohort, job.steps, job.batch, server[0].shape, len(server[3])
+    w1, b1, w2, b2 = weights = [p.new_empty(n, *p.shape) for p in server]
+    x, h, e = torch.empty(n * steps * batch, features), torch.empty(n, batch, hidden), torch.empty(n, batch, hidden)
+    d, hot = torch.empty(n, classes, batch), torch.empty(n, steps, classes, batch)
+    rate, seconds = job.rate / batch, []
     with torch.no_grad():
         for r in range(rounds):
             start = time.perf_counter()
-            clients = job.cohort_of(r)
-            order = torch.from_numpy(job.order(r, clients))
-            total = [torch.zeros_like(p) for p in server]
-            for low in range(0, len(clients), width):
-                rows = order[low : low + width]
-                n = len(rows)
-                w1, b1, w2, b2 = (p.expand(n, *p.shape).contiguous() for p in server)
-                for t in range(job.steps):
-                    batch = rows[:, t].reshape(-1)
-                    x, y = inputs[batch].view(n, job.batch, -1), targets[batch].view(n, job.batch, 1)
-                    h = torch.baddbmm(b1[:, None], x, w1.transpose(1, 2)).relu_()
-                    d = torch.baddbmm(b2[:, None], h, w2.transpose(1, 2)).softmax(-1)
-                    d.scatter_add_(-1, y, d.new_full((1, 1, 1), -1.0).expand_as(y)).mul_(1 / job.batch)
-                    e = torch.bmm(d, w2).mul_(h > 0)
-                    w2.baddbmm_(d.transpose(1, 2), h, alpha=-job.rate)
-                    b2.sub_(d.sum(1), alpha=job.rate)
-                    w1.baddbmm_(e.transpose(1, 2), x, alpha=-job.rate)
-                    b1.sub_(e.sum(1), alpha=job.rate)
-                for t_, p in zip(total, (w1, b1, w2, b2), strict=True):
-                    t_.add_(p.sum(0), alpha=1 / len(clients))
-            server = total
+            taken = torch.from_numpy(job.order(r, job.cohort_of(r)).reshape(-1))
+            torch.index_select(inputs, 0, taken, out=x)
+            hot.zero_().scatter_(2, targets[taken].view(n, steps, 1, batch), 1.0)
+            for weight, p in zip(weights, server, strict=True):
+                weight.copy_(p)
+            for t in range(steps):
+                xt = x.view(n, steps, batch, features)[:, t]
+                torch.baddbmm(b1[:, None], xt, w1.transpose(1, 2), out=h).relu_()
+                torch.baddbmm(b2[:, :, None], w2, h.transpose(1, 2), out=d)
+                d = d.softmax(1).sub_(hot[:, t])
+                torch.bmm(d.transpose(1, 2), w2, out=e)
+                torch.ops.aten.threshold_backward.grad_input(e, h, 0.0, grad_input=e)
+                w2.baddbmm_(d, h, alpha=-rate)
+                b2.sub_(d.sum(2), alpha=rate)
+                w1.baddbmm_(e.transpose(1, 2), xt, alpha=-rate)
+                b1.sub_(e.sum(1), alpha=rate)
+            server = [weight.mean(0) for weight in weights]
             seconds.append(time.perf_counter() - start)
     return seconds, torch.cat([p.reshape(-1) for p in server]).numpy().astype(np.float32)
 

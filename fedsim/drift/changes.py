@@ -9,7 +9,7 @@ Exports: Cells, Change, ClassPrior, DomainSwitch, Draws, LabelNoise, LabelSwap.
 # T ticks, B examples a tick, K cells
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -52,10 +52,13 @@ class Cells:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Draws:
-    """Random numbers of one client's drift number ``part`` at ``ticks`` (T,), ``batch`` examples each; functions of (seed, client, tick) alone."""
+    """Random numbers of drift number ``part`` at ``ticks`` (T,) of one ``client``, or of one client each (T,), ``batch`` examples a tick.
+
+    Functions of (seed, client, tick) alone.
+    """
 
     seed: int
-    client: int
+    client: int | NDArray[np.int64]
     ticks: NDArray[np.int64]
     batch: int
     part: int = 0
@@ -63,14 +66,22 @@ class Draws:
 
     def uniforms(self, purpose: str, size: int = 1) -> Floats:
         """Draws in [0, 1), (T, B, size)."""
-        clients = np.full(len(self.ticks), self.client)
-        flat = uniforms(self.seed, f"drift-{purpose}", clients, self.ticks, self.batch * size, part=self.part)
+        flat = uniforms(self.seed, f"drift-{purpose}", self._clients, self.ticks, self.batch * size, part=self.part)
         return flat.reshape(len(self.ticks), self.batch, size)
 
     def normals(self, shape: tuple[int, ...]) -> Inputs:
         """Standard normal draws, (T, B, *shape)."""
-        generators = (rng_for(self.seed, "drift-noise", self.part, self.client, int(t)) for t in self.ticks)
+        pairs = zip(self._clients.tolist(), self.ticks.tolist(), strict=True)
+        generators = (rng_for(self.seed, "drift-noise", self.part, client, tick) for client, tick in pairs)
         return np.stack([g.standard_normal((self.batch, *shape), np.float32) for g in generators])
+
+    def at(self, rows: NDArray[np.bool_]) -> "Draws":
+        """Those of the ``rows`` (T,) alone."""
+        return replace(self, client=self._clients[rows], ticks=self.ticks[rows])
+
+    @property
+    def _clients(self) -> NDArray[np.int64]:
+        return np.broadcast_to(self.client, len(self.ticks))
 
 
 class Change:

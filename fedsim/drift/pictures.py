@@ -68,7 +68,7 @@ class Corruption(Change):
         touched = some > 0
         chosen = inputs[ticks]
         pictures = as_pictures(chosen[touched])
-        noise = self.noise(Draws(**{**vars(draws), "ticks": draws.ticks[ticks]}), chosen.shape[2:])
+        noise = self.noise(draws.at(ticks), chosen.shape[2:])
         level = self.level(some[touched], max(pictures.shape[2:]))
         changed = self.corrupt(pictures, level, None if noise is None else noise[touched].reshape(pictures.shape))
         chosen[touched] = np.clip(changed, 0, 1).reshape(chosen[touched].shape)

@@ -266,16 +266,20 @@ class DriftSchedule:
         """How far the drift has set in for each client (C,) at ``tick``."""
         return np.where(self.nu >= 0, self.drift.onset.ramp(tick - self.nu), 0.0)
 
-    def strength(self, client: int, ticks: Ints, batch: int, seed: int, part: int) -> Floats:
-        """Strength (T, B) of the change on one client's examples; a drift that sets in gradually draws which of them are new."""
-        if self.nu[client] < 0:
-            return np.zeros((len(ticks), batch))
-        onset = self.drift.onset
-        alpha = np.broadcast_to(onset.ramp(ticks - self.nu[client])[:, None], (len(ticks), batch))
-        if onset.morphs or ((alpha == 0) | (alpha == 1)).all():
-            return alpha
-        mix = uniforms(seed, "drift-mix", np.full(len(ticks), client), ticks, batch, part=part)
-        return (mix < alpha).astype(np.float64)
+    def strength(self, client: int | Ints, ticks: Ints, batch: int, seed: int, part: int) -> Floats:
+        """Strength (T, B) of the change on the examples of one client at ``ticks`` (T,), or of one client each (T,).
+
+        A drift that sets in gradually draws which of them are new.
+        """
+        clients = np.broadcast_to(client, ticks.shape)
+        nu = self.nu[clients]
+        alpha = np.where(nu >= 0, self.drift.onset.ramp(ticks - nu), 0.0)
+        strength = np.repeat(alpha[:, None], batch, axis=1)
+        between = np.flatnonzero((alpha > 0) & (alpha < 1))
+        if len(between) and not self.drift.onset.morphs:
+            mix = uniforms(seed, "drift-mix", clients[between], ticks[between], batch, part=part)
+            strength[between] = mix < strength[between]
+        return strength
 
 
 def _per_client(seed: int, purpose: str, clients: Ints, part: int) -> Floats:

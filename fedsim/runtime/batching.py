@@ -78,12 +78,12 @@ def blocks(count: int, lanes: int) -> tuple[Span, ...]:
 
 
 def padded(count: int, lanes: int) -> int:
-    """Lanes a block of ``count`` clients computes: a multiple of 4, because kernels of width 1 to 3 have bits of their own.
+    """Lanes a block of ``count`` clients computes: a multiple of 4, and 8 at least, because narrower kernels have bits of their own.
 
-    >>> [padded(n, 32) for n in (1, 4, 6, 32)]
-    [4, 4, 8, 32]
+    >>> [padded(n, 32) for n in (1, 8, 9, 32)]
+    [8, 8, 12, 32]
     """
-    return count if lanes == 1 else min(lanes, -(-count // 4) * 4)
+    return count if lanes == 1 else min(lanes, max(8, -(-count // 4) * 4))
 
 
 def unit_size(num_blocks: int, workers: int, block_flops: float) -> int:

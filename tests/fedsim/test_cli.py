@@ -1,5 +1,6 @@
 """The command line: quick help, recipes, one red line for errors, and the way back after Ctrl-C."""
 
+import json
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ with warnings.catch_warnings():
     from fedsim.cli import main
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run", "resume", "show", "report", "fork", "compare", "demo", "list")
+COMMANDS = ("run", "resume", "show", "report", "fork", "compare", "demo", "doctor", "tune", "explain", "verify", "replay", "list")
 RECIPE = """
 from fedsim.simulation import Simulation
 
@@ -48,6 +49,7 @@ class Engine:
 
     def __init__(self):
         self.calls, self.error = [], None
+        self.refused, self.ok = "", True
 
     def simulate(self, simulation, out="runs", *, executor=None, progress=True, recipe=None):
         self.calls.append((simulation, out, executor, recipe))
@@ -88,6 +90,25 @@ class Engine:
         if self.error:
             raise self.error
 
+    def tune(self, simulation, *, seconds):
+        return self.told(simulation, seconds)
+
+    def explain(self, simulation, *, workers, seconds):
+        return self.told(simulation, workers, seconds)
+
+    def verify(self, run, blocks, seed, *, reach, executor):
+        return self.told(run.path, blocks, seed, reach, type(executor).__name__)
+
+    def replay(self, run, *, round, client, breakpoint):
+        return self.told(run.path, round, client, breakpoint)
+
+    def told(self, *arguments):
+        """Notes what it was asked, and answers with a table of ``refused`` and ``ok``."""
+        self.calls.append(arguments)
+        if self.error:
+            raise self.error
+        return type("Answer", (), {"table": lambda _: "the table", "refused": self.refused, "ok": self.ok})()
+
 
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
@@ -98,6 +119,10 @@ def engine(monkeypatch, tmp_path):
         "comparison": {"compare": made.compare},
         "branching": {"fork": made.fork, "fork_directory": made.fork_directory},
         "demo": {"demo": made.demo},
+        "tuning": {"tune": made.tune},
+        "explanation": {"explain": made.explain},
+        "verification": {"verify": made.verify},
+        "replaying": {"replay": made.replay},
     }.items():
         module = ModuleType(f"fedsim.{name}")
         vars(module).update(contents)
@@ -122,7 +147,7 @@ def test_help_is_quick_and_loads_neither_torch_nor_numpy():
         shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
         durations.append(time.perf_counter() - start)
     assert shown.splitlines()[-1] == "[]"
-    assert min(durations) < 1.0
+    assert min(durations) < 0.5, "0.3 s on a quiet machine"
     assert all(f"  {name} " in shown for name in COMMANDS)
 
 
@@ -345,3 +370,82 @@ def test_interrupting_a_fork_tells_where_it_is_once_it_is_there(engine):
     forked.mkdir()
     (forked / "config.json").write_text("{}")
     assert f"Continue with: fedsim resume {forked}" in call(*arguments).stderr
+
+
+def test_a_recipe_is_tuned_and_explained(engine):
+    simulation = Simulation(name="tiny", seed=1)
+    for arguments in (("tune", "little.py", "--seconds", 5), ("explain", "little.py", "--workers", 0), ("explain", "little.py")):
+        result = call(*arguments)
+        assert (result.exit_code, result.stdout) == (0, "the table\n"), result.stderr
+    assert engine.calls == [(simulation, 5.0), (simulation, 1, 30.0), (simulation, None, 30.0)]
+
+
+def test_a_plan_that_is_refused_is_one_red_line(engine):
+    engine.refused = "client 3 holds no level"
+    result = call("explain", "little.py")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "Error: client 3 holds no level\n")
+
+
+@pytest.fixture
+def stored_path(engine):
+    with RunStore.create("runs", Simulation(name="tiny")) as store:
+        return store.path
+
+
+def test_a_run_is_verified_and_what_differs_is_an_exit_code(engine, stored_path):
+    assert call("verify", stored_path).stdout == "the table\n"
+    assert call("verify", stored_path, "--blocks", 9, "--seed", 4, "--reach", 0).exit_code == 0
+    assert engine.calls == [(stored_path, 3, 0, 10, "SerialExecutor"), (stored_path, 9, 4, None, "SerialExecutor")]
+    engine.ok = False
+    result = call("verify", stored_path)
+    assert (result.exit_code, result.stdout) == (1, "the table\n")
+
+
+def test_a_client_is_replayed(engine, stored_path):
+    assert call("replay", stored_path, "--round", 31, "--client", 17).stdout == "the table\n"
+    call("replay", stored_path, "--round", 31, "--client", 17, "--breakpoint")
+    assert engine.calls == [(stored_path, 31, 17, False), (stored_path, 31, 17, True)]
+    engine.error = ValueError("client 17 took no part in round 31")
+    assert call("replay", stored_path, "--round", 31, "--client", 17).stderr == "Error: client 17 took no part in round 31\n"
+    assert call("replay", stored_path).exit_code == 2
+
+
+@pytest.mark.parametrize(("state", "code"), [("ok", 0), ("note", 0), ("failed", 1)])
+def test_the_doctors_exit_code_says_whether_something_is_missing(engine, monkeypatch, state, code):
+    from fedsim import doctor
+
+    asked = []
+
+    def examine(out, *, address):
+        asked.append((out, address))
+        yield doctor.Finding("ray", "ok", "there")
+        yield doctor.Finding("disk", state, "full", "free some" if code else "")
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    result = call("doctor", "--out", "there", "--address", "auto")
+    assert result.exit_code == code
+    assert result.stdout.splitlines()[0].split() == ["ok", "ray", "there"]
+    assert ("-> free some" in result.stdout) == bool(code)
+    told = call("doctor", "--json")
+    assert told.exit_code == code
+    assert [(f["name"], f["state"]) for f in json.loads(told.stdout)] == [("ray", "ok"), ("disk", state)]
+    assert asked == [(Path("there"), "auto"), (Path("runs"), None)]
+
+
+@pytest.mark.slow
+def test_a_run_is_explained_made_verified_and_replayed_from_the_shell(tmp_path):
+    """The commands as they are, one process each."""
+    text = Path(__file__).with_name("tiny.py").read_text().replace("serving=fs.Serving(ticks=100", "serving=fs.Serving(ticks=50")
+    (tmp_path / "recipe.py").write_text(text.replace("start=fs.At(40)", "start=fs.At(30)"))
+
+    def shell(*arguments):
+        done = subprocess.run([sys.executable, "-m", "fedsim", *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "training, 8 rounds (exact)" in shell("explain", "recipe.py", "--workers", 0)
+    assert "clients/s" in shell("tune", "recipe.py", "--seconds", 1)
+    assert "stored in" in shell("run", "recipe.py", "--workers", 0)
+    assert "all equal" in shell("verify", "tiny")
+    client = next(iter(Run(next((tmp_path / "runs").glob("tiny-*"))).clients()["client"].to_pylist()))
+    assert "mean loss" in shell("replay", "tiny", "--round", 0, "--client", client)

@@ -37,7 +37,7 @@ def test_a_group_that_merges_every_step_is_one_chain_beside_the_others():
 
 def test_blocks_cover_positions_and_only_the_last_is_short():
     assert blocks(70, 32) == ((0, 32), (32, 64), (64, 70))
-    assert [padded(n, 32) for n in (1, 6, 31, 32)] == [4, 8, 32, 32]
+    assert [padded(n, 32) for n in (1, 6, 31, 32)] == [8, 8, 32, 32]
     assert padded(1, 1) == 1
     assert padded(2, 2) == 2
 
