@@ -73,10 +73,14 @@ class _Result:
 
 @dataclass(eq=False)
 class _Member:
-    """A worker as the driver sees it: its actor, and the calls in flight with their units, oldest first."""
+    """A worker as the driver sees it: its actor, and the calls in flight with their units, oldest first.
+
+    One that replaces another is given nothing until it has ``started``: the others go on meanwhile.
+    """
 
     actor: ActorHandle
     started: Any
+    ready: bool = False
     calls: dict[Any, int] = field(default_factory=dict)
 
 
@@ -149,6 +153,8 @@ class RayExecutor:
     def _await_start(self) -> None:
         try:
             ray.get([m.started for m in self._members], timeout=self._patience)
+            for member in self._members:
+                member.ready = True
         except GetTimeoutError:
             free = ray.available_resources()
             raise CapacityError(
@@ -182,8 +188,9 @@ class _Map:
         return [self.found[i] for i in range(len(self.units))]
 
     def _feed(self) -> None:
+        members = [member for member in self.executor._members if member.ready]
         for depth in range(IN_FLIGHT):
-            for member in self.executor._members:
+            for member in members:
                 if self.queue and len(member.calls) == depth:
                     index = self.queue.popleft()
                     member.calls[self._submit(member, index)] = index
@@ -196,14 +203,17 @@ class _Map:
 
     def _collect(self) -> None:
         calls = {call: member for member in self.executor._members for call in member.calls}
-        done, _ = ray.wait(list(calls), num_returns=1, timeout=min(1.0, self.executor._patience))
+        starting = {member.started: member for member in self.executor._members if not member.ready}
+        done, _ = ray.wait([*calls, *starting], num_returns=1, timeout=min(1.0, self.executor._patience))
         if done:
             self.heard = time.monotonic()
         elif time.monotonic() - self.heard > self.executor._patience:
             self._check_alive()
-        for call in done:
-            if call in calls[call].calls:
-                self._take(calls[call], call)
+        for reference in done:
+            if reference in starting:
+                starting[reference].ready = True  # or it could not start, which its first call will say
+            elif reference in calls[reference].calls:
+                self._take(calls[reference], reference)
 
     def _take(self, member: _Member, call: Any) -> None:
         try:
