@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedsim.drift import Cells, Change, Draws, Drift, DriftSchedule
 from fedsim.fleet import Fleet
-from fedsim.shards import Shards
 from fedsim.randomness import rng_for, uniforms
 from fedsim.sampling import ranks
+from fedsim.shards import Shards
 from fedsim.tasks import Dataset, Task
 
 Floats = NDArray[np.float64]

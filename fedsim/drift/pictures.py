@@ -61,7 +61,7 @@ class Corruption(Change):
             )
 
     def apply(self, inputs: Inputs, targets: Targets, strength: Floats, draws: Draws) -> tuple[Inputs, Targets]:
-        ticks = (strength > 0).any(axis=1)
+        ticks = np.asarray((strength > 0).any(axis=1))
         if not ticks.any():
             return inputs, targets
         some = strength[ticks]
