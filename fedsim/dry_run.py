@@ -96,7 +96,14 @@ class _Nobody:
     def share(self, value: Any) -> Shared:
         return Shared(value)
 
-    def map(self, fn: Work, units: Sequence[Any], shared: Mapping[str, Any], needs: Needs = NOTHING) -> list[Any]:
+    def map(
+        self,
+        fn: Work,
+        units: Sequence[Any],
+        shared: Mapping[str, Any],
+        needs: Needs | Sequence[Needs] = NOTHING,
+        costs: Sequence[float] | None = None,
+    ) -> list[Any]:
         if fn is evaluate_unit:
             return [[(0.0, 0.0)] * len(unit) for unit in units]
         assert fn is train_unit, fn

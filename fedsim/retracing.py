@@ -191,14 +191,21 @@ class _Tap:
     def share(self, value: Any) -> Shared:
         return self.inner.share(value)
 
-    def map(self, fn: Work, units: Sequence[Any], shared: Mapping[str, Any], needs: Needs = NOTHING) -> list[Any]:
+    def map(
+        self,
+        fn: Work,
+        units: Sequence[Any],
+        shared: Mapping[str, Any],
+        needs: Needs | Sequence[Needs] = NOTHING,
+        costs: Sequence[float] | None = None,
+    ) -> list[Any]:
         if fn is train_unit:
             values = {name: value.held if isinstance(value, Shared) else value for name, value in shared.items()}
             for unit in units:
                 self._note(unit, values)
             if self.missing <= 0:
                 raise _FoundError
-        return self.inner.map(fn, units, shared, needs)
+        return self.inner.map(fn, units, shared, needs, costs)
 
     def _note(self, unit: Unit, values: Mapping[str, Any]) -> None:
         if here := self.wanted.intersection(unit.clients.tolist()):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 @dataclass(frozen=True)
 class Needs:
-    """What every unit of a map needs of its worker: ``gpus`` is a share, 0.25 lets four workers use one."""
+    """What a unit needs of its worker: ``gpus`` is a share, 0.25 lets four workers use one."""
 
     gpus: float = 0.0
 
@@ -35,6 +35,8 @@ Work = Callable[[Any, Mapping[str, Any], MutableMapping[Any, Any]], Any]
 class Executor(Protocol):
     """Runs ``fn(unit, shared, cache)`` for every unit. ``fn`` is a module-level pure function; arrays arrive read-only.
 
+    ``units`` may be lazy: each is built when it is sent, and not kept. What they need of a worker, and what they are predicted to cost (in any one
+    measure), decides which goes where and when; results come in the order of units all the same.
     ``cache`` belongs to the worker and forgets what it has not used for long: built models, mounted data; nothing in it may change a result.
     An exception of ``fn`` ends the map and is raised as it was, with its cause.
     """
@@ -43,10 +45,28 @@ class Executor(Protocol):
     gpus_per_worker: float
 
     def share(self, value: Any) -> Shared: ...
-    def map(self, fn: Work, units: Sequence[Any], shared: Mapping[str, Any], needs: Needs = ...) -> list[Any]: ...
+    def map(
+        self,
+        fn: Work,
+        units: Sequence[Any],
+        shared: Mapping[str, Any],
+        needs: Needs | Sequence[Needs] = ...,
+        costs: Sequence[float] | None = ...,
+    ) -> list[Any]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def needs_of(units: Sequence[Any], needs: Needs | Sequence[Needs], costs: Sequence[float] | None) -> Sequence[Needs]:
+    """What each unit needs. ``ValueError`` where ``needs`` or ``costs`` are not one a unit."""
+    each = [needs] * len(units) if isinstance(needs, Needs) else needs
+    for name, given in (("needs", each), ("costs", units if costs is None else costs)):
+        if len(given) != len(units):
+            raise ValueError(f"{name} must be one for each of {len(units)} units, got {len(given)}")
+    if costs is not None and not all(cost >= 0 for cost in costs):
+        raise ValueError(f"costs must be numbers >= 0, got {next(cost for cost in costs if not cost >= 0)}")
+    return each
 
 
 class Recent(MutableMapping[Any, Any]):

@@ -6,91 +6,53 @@ Ray's own retries are off: they wait for the same actor to restart. A unit is a 
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
+from math import inf
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+)
+from ray.experimental import get_local_object_locations
 
-from fedsim.errors import CapacityError, WorkerError
-from fedsim.runtime.executor import NOTHING, Needs, Recent, Shared, Work
+from fedsim.errors import FedsimError, WorkerError
+from fedsim.runtime import resources
+from fedsim.runtime.actor import Actor, Result
+from fedsim.runtime.dispatch import ATTEMPTS, Dispatch, Member
+from fedsim.runtime.executor import NOTHING, Needs, Shared, Work, needs_of
+from fedsim.runtime.sending import chained, last_lines, unsendable
 
-IN_FLIGHT = 2  # the second call hides the first one's round trip
-ATTEMPTS = 3
-KEPT_JOBS = 4
-
-
-class _Worker:
-    """The actor: one torch thread, a cache, and the shared values it has unpacked."""
-
-    def __init__(self, setup: Callable[[], object] | None):
-        import torch
-
-        torch.set_num_threads(1)
-        self._cache = Recent()
-        self._jobs = 0
-        self._values: dict[Any, tuple[int, Any]] = {}
-        if setup is not None:
-            setup()
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def run(self, job: list[Any], unit: Any) -> "_Result":
-        try:
-            self._begin(job[0])
-            fn, handles = self._value(job[0])
-            shared = {name: self._value(held) for name, held in handles.items()}
-            return _Result(value=fn(unit, shared, self._cache))
-        except Exception as error:
-            return _Result(error=_portable(error))
-
-    def _begin(self, job: Any) -> None:
-        """Let go of what the last jobs did not read: a value held here keeps its memory in the object store."""
-        if job not in self._values:
-            self._jobs += 1
-            self._values = {k: v for k, v in self._values.items() if v[0] > self._jobs - KEPT_JOBS}
-
-    def _value(self, reference: Any) -> Any:
-        value = self._values[reference][1] if reference in self._values else ray.get(reference)
-        self._values[reference] = self._jobs, value
-        return value
-
-
-@dataclass(frozen=True, eq=False)
-class _Result:
-    """What a unit gave: a value, or the exception with the chain of its causes, which pickling would drop."""
-
-    value: Any = None
-    error: tuple[BaseException, ...] = ()
-
-
-@dataclass(eq=False)
-class _Member:
-    """A worker as the driver sees it: its actor, and the calls in flight with their units, oldest first.
-
-    One that replaces another is given nothing until it has ``started``: the others go on meanwhile.
-    """
-
-    actor: ActorHandle
-    started: Any
-    ready: bool = False
-    calls: dict[Any, int] = field(default_factory=dict)
+_POLL_SECONDS = 1.0
+_UNPICKLABLE = (TypeError, cloudpickle.pickle.PicklingError)
+_FULL = (ObjectStoreFullError, OutOfDiskError)
 
 
 class RayExecutor:
     """``workers`` actors (default: one per GPU if any is asked for, else one per core) of the cluster at ``address``.
 
-    ``address=None`` joins the cluster this process is connected to, or starts one that ends with the executor; "auto" joins a running one. ``gpus_per_worker=0.25`` lets four
-    workers share a GPU. ``setup`` runs once in every worker before its first unit. After ``patience_seconds`` of silence the cluster is
-    asked whether replacements can still be placed. Raises ``CapacityError`` for resources the cluster lacks, at once, and ``WorkerError`` for
-    workers that cannot start.
+    ``address=None`` joins the cluster this process is connected to or that ``RAY_ADDRESS`` names, as it does in a script sent by
+    ``ray job submit``; where there is none it starts one that ends with the executor. "auto" joins one that runs on this machine: ``ray start --head`` on one
+    machine and ``ray start --address=HEAD:6379`` on each other make it, and then the driver may run on any of them.
+
+    ``gpus_per_worker=0.25`` lets four workers share a GPU. ``gpu_workers`` of the workers have that share (a whole GPU if none is given), the others
+    none; all draw from one queue, where units that need a GPU wait for a worker that has one. ``setup`` runs once in every worker before its first
+    unit. ``twice`` lets an idle worker do a slow unit again at the end of a map; the first result counts. After ``patience_seconds`` of silence
+    the cluster is asked whether replacements can still be placed. Raises ``CapacityError`` for resources the cluster lacks, at once, and
+    ``WorkerError`` for workers that cannot start.
     """
 
     def __init__(
@@ -100,44 +62,60 @@ class RayExecutor:
         gpus_per_worker: float = 0.0,
         setup: Callable[[], object] | None = None,
         patience_seconds: float = 60.0,
+        gpu_workers: int | None = None,
+        twice: bool = False,
     ):
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers must be >= 1 or None, got {workers}")
-        if not gpus_per_worker >= 0:
-            raise ValueError(f"gpus_per_worker must be >= 0, got {gpus_per_worker}")
-        self.gpus_per_worker, self._setup, self._patience = float(gpus_per_worker), setup, patience_seconds
-        self._owner = _connect(address, workers, self.gpus_per_worker)
+        resources.check_arguments(workers, gpus_per_worker, gpu_workers)
+        if gpu_workers is not None and gpus_per_worker == 0:
+            gpus_per_worker = 1.0
+        self.gpus_per_worker, self._setup, self._patience, self._twice = float(gpus_per_worker), setup, patience_seconds, twice
+        self._members: list[_Worker] = []
+        self._owner = _connect(address, workers, self.gpus_per_worker * (gpu_workers or workers or 1))
         try:
-            self.workers = workers or _default_workers(self.gpus_per_worker)
-            _check_capacity(self.workers, self.gpus_per_worker)
-            self._members = [self._start() for _ in range(self.workers)]
+            have = ray.cluster_resources()
+            shares = resources.gpu_shares(workers, self.gpus_per_worker, gpu_workers, have)
+            resources.check_cluster(shares, have)
+            self.workers, self._store = len(shares), resources.Store(_smallest_store())
+            self._members += [self._start(gpus) for gpus in shares]
             self._await_start()
         except BaseException:
             self.close()
             raise
 
     def share(self, value: Any) -> Shared:
-        return Shared(_put(value, "a shared value"))
+        shared = Shared(_put(value, "a shared value"))
+        self._store.hold(shared, _bytes_stored(shared.held))
+        return shared
 
-    def map(self, fn: Work, units: Sequence[Any], shared: Mapping[str, Any], needs: Needs = NOTHING) -> list[Any]:
-        if needs.gpus > self.gpus_per_worker:
-            raise CapacityError(
-                f"a unit needs {needs.gpus:g} GPU, the workers have {self.gpus_per_worker:g} each; start RayExecutor(gpus_per_worker={needs.gpus:g})"
-            )
+    def map(
+        self,
+        fn: Work,
+        units: Sequence[Any],
+        shared: Mapping[str, Any],
+        needs: Needs | Sequence[Needs] = NOTHING,
+        costs: Sequence[float] | None = None,
+    ) -> list[Any]:
+        """``needs`` of all units, or one a unit."""
+        each = needs_of(units, needs, costs)
+        most = max((need.gpus for need in each), default=0.0)
+        if most > self.gpus_per_worker:
+            raise resources.share_too_small(most, self.gpus_per_worker)
         handles = {name: value.held if isinstance(value, Shared) else _put(value, name) for name, value in shared.items()}
         job = [_put((fn, handles), getattr(fn, "__qualname__", "fn"))]
-        return _Map(self, job, units).results()
+        return _Map(self, job, units, Dispatch(self._members, each, costs, self._twice)).results()
 
     def pids(self) -> list[int]:
         """Process ids of the workers, on their own machines."""
-        return list(ray.get([m.actor.pid.remote() for m in self._members]))
+        return list(ray.get([m.actor.pid.remote() for m in self._members], timeout=self._patience))
 
     def close(self) -> None:
-        for member in getattr(self, "_members", []):
-            ray.kill(member.actor)
-        self._members = []
-        if self._owner and ray.is_initialized():
-            ray.shutdown()
+        """End the workers, and the cluster if the executor started it. What others started goes on."""
+        if ray.is_initialized():
+            for member in self._members:
+                ray.kill(member.actor)
+            if self._owner:
+                ray.shutdown()
+        self._members.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -145,227 +123,205 @@ class RayExecutor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _start(self) -> _Member:
-        kind = ray.remote(max_restarts=0, max_task_retries=0, num_cpus=1, num_gpus=self.gpus_per_worker)(_Worker)
-        actor = kind.remote(self._setup)
-        return _Member(actor, actor.pid.remote())
+    def _start(self, gpus: float, job: list[Any] | None = None) -> "_Worker":
+        """In the background. One that replaces another unpacks its ``job`` before it counts as started."""
+        kind = ray.remote(max_restarts=0, max_task_retries=0, num_cpus=1, num_gpus=gpus)(_Actor)
+        try:
+            actor = kind.remote(gpus, self._setup)
+        except _UNPICKLABLE as error:
+            raise unsendable(self._setup, "setup", cloudpickle.dumps, error) from error
+        return _Worker(gpus=gpus, started=False, actor=actor, hello=actor.hello.remote(job))
 
     def _await_start(self) -> None:
         try:
-            ray.get([m.started for m in self._members], timeout=self._patience)
-            for member in self._members:
-                member.ready = True
+            nodes = ray.get([m.hello for m in self._members], timeout=self._patience)
         except GetTimeoutError:
-            free = ray.available_resources()
-            raise CapacityError(
-                f"{self.workers} workers of 1 CPU and {self.gpus_per_worker:g} GPU did not start in {self._patience:g} s; free now: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
-            ) from None
+            raise resources.not_started([m.gpus for m in self._members], self._patience, ray.available_resources()) from None
         except RayActorError as error:
-            raise WorkerError(f"stage start: a worker could not start: {_last_lines(error)}") from error
+            raise WorkerError(f"stage start: a worker could not start: {_cause(error)}") from error
+        for member, node in zip(self._members, nodes, strict=True):
+            member.node, member.started = node, True
 
-    def _replace(self, member: _Member) -> None:
-        self._members[self._members.index(member)] = self._start()
+    def _replace(self, member: "_Worker", job: list[Any]) -> None:
+        ray.kill(member.actor)
+        self._members[self._members.index(member)] = self._start(member.gpus, job)
+
+
+class _Actor(Actor):
+    """With Ray's ways to read and to pickle."""
+
+    def __init__(self, gpus: float, setup: Callable[[], object] | None):
+        super().__init__(ray.get, cloudpickle.dumps, gpus, setup)
+
+    def hello(self, job: list[Any] | None) -> str:
+        """The node it is on."""
+        if job is not None:
+            self.prepare(job)
+        return str(ray.get_runtime_context().get_node_id())
+
+
+@dataclass(eq=False, kw_only=True)
+class _Worker(Member):
+    """``hello`` arrives when the actor has started."""
+
+    actor: ActorHandle
+    hello: Any
 
 
 class _Map:
-    """One map under way: workers pull units, at most two in flight each; a lost unit goes to the head of the queue."""
+    """One map under way: sends units as :class:`Dispatch` says, and takes results as they come."""
 
-    def __init__(self, executor: RayExecutor, job: list[Any], units: Sequence[Any]):
-        self.executor, self.job, self.units = executor, job, units
-        self.queue = deque(range(len(units)))
+    def __init__(self, executor: RayExecutor, job: list[Any], units: Sequence[Any], dispatch: Dispatch):
+        self.executor, self.job, self.units, self.dispatch = executor, job, units, dispatch
         self.found: dict[int, Any] = {}
-        self.losses: dict[int, list[str]] = {}
+        self.starved: set[int] = set()
+        self.failed_starts = 0
+        self.result_bytes, self.peak = 0, 0
         self.heard = time.monotonic()
 
     def results(self) -> list[Any]:
         try:
-            while len(self.found) < len(self.units):
-                self._feed()
+            while self.dispatch.remaining:
+                self._send()
                 self._collect()
         except BaseException:
             self._abandon()
             raise
         return [self.found[i] for i in range(len(self.units))]
 
-    def _feed(self) -> None:
-        members = [member for member in self.executor._members if member.ready]
-        for depth in range(IN_FLIGHT):
-            for member in members:
-                if self.queue and len(member.calls) == depth:
-                    index = self.queue.popleft()
-                    member.calls[self._submit(member, index)] = index
+    def _send(self) -> None:
+        while chosen := self.dispatch.next(time.monotonic()):
+            member, unit = chosen
+            assert isinstance(member, _Worker)
+            self.dispatch.sent(member, unit, self._submit(member, unit), time.monotonic())
 
-    def _submit(self, member: _Member, index: int) -> Any:
+    def _submit(self, member: "_Worker", unit: int) -> Any:
+        value = self.units[unit]
         try:
-            return member.actor.run.remote(self.job, self.units[index])
-        except (TypeError, cloudpickle.pickle.PicklingError) as error:
-            raise _unpicklable(self.units[index], f"unit {index}", error) from error
+            return member.actor.run.remote(self.job, value)
+        except _UNPICKLABLE as error:
+            raise unsendable(value, f"unit {unit}", cloudpickle.dumps, error) from error
+        except _FULL as error:
+            raise resources.store_full(_cause(error)) from error
 
     def _collect(self) -> None:
-        calls = {call: member for member in self.executor._members for call in member.calls}
-        starting = {member.started: member for member in self.executor._members if not member.ready}
-        done, _ = ray.wait([*calls, *starting], num_returns=1, timeout=min(1.0, self.executor._patience))
+        members = self.executor._members
+        expected = {call: member for member in members for call in member.calls} | {m.hello: m for m in members if not m.started}
+        done, _ = ray.wait(list(expected), num_returns=1, timeout=min(_POLL_SECONDS, self.executor._patience))
         if done:
             self.heard = time.monotonic()
-        elif time.monotonic() - self.heard > self.executor._patience:
-            self._check_alive()
-        for reference in done:
-            if reference in starting:
-                starting[reference].ready = True  # or it could not start, which its first call will say
-            elif reference in calls[reference].calls:
-                self._take(calls[reference], reference)
+        elif self.dispatch.idle() and time.monotonic() - self.heard > self.executor._patience:
+            raise resources.not_replaced(self.executor._patience, ray.cluster_resources())
+        for call in done:
+            member = expected[call]
+            if call is member.hello and not member.started:
+                self._welcome(member)
+            else:
+                self._take(member, call)
 
-    def _take(self, member: _Member, call: Any) -> None:
+    def _welcome(self, member: "_Worker") -> None:
+        """A replacement has started, or could not."""
         try:
-            result = ray.get(call)
-        except RayTaskError as error:  # outside the user's function: its result cannot be sent, or the call cannot be read
-            raise WorkerError(f"stage run: {self._name(member.calls[call])}: {_last_lines(error)}") from error
+            member.node = ray.get(member.hello, timeout=self.executor._patience)
         except RayError as error:
-            self._lost(member, error)
-            return
-        index = member.calls.pop(call)
-        if result.error:
-            _raise_chained(result.error)
-        self.found[index] = result.value
+            self.failed_starts += 1
+            if self.failed_starts == ATTEMPTS:
+                raise WorkerError(f"stage start: workers that replace lost ones could not start: {_cause(error)}") from error
+            self.executor._replace(member, self.job)
+        else:
+            member.started, self.failed_starts = True, 0
 
-    def _lost(self, member: _Member, error: RayError) -> None:
-        """Queue the member's units again and replace it. The oldest was running, so it alone is under suspicion."""
-        indices = list(member.calls.values())
-        member.calls.clear()
-        self.queue.extendleft(reversed(indices))
-        causes = self.losses.setdefault(indices[0], [])
-        causes.append(_last_lines(error))
-        if isinstance(error, OutOfMemoryError) and sum("memory" in cause for cause in causes) == 2:
-            raise CapacityError(
-                f"{self._name(indices[0])} was killed twice because its node ran out of memory; use fewer workers a node, smaller lanes, or nodes with more memory ({causes[-1]})"
-            )
+    def _take(self, member: "_Worker", call: Any) -> None:
+        try:
+            result: Result = ray.get(call, timeout=self.executor._patience)
+        except RayError as error:
+            if not isinstance(error, TaskCancelledError | RayTaskError | ObjectStoreFullError | OutOfDiskError) or isinstance(
+                error, ObjectLostError
+            ):
+                self._lost(member, error)
+            elif (unit := self.dispatch.arrived(member, call, time.monotonic())) is not None:
+                raise self._outside(unit, error) from error
+            return
+        unit = self.dispatch.arrived(member, call, time.monotonic())
+        if unit is None:
+            return
+        if result.error:
+            raise chained(result.error)
+        self.found[unit] = result.value
+        self.peak = max(self.peak, result.peak)
+        self.result_bytes += _bytes_stored(call)
+        self.executor._store.check(self.result_bytes)
+
+    def _outside(self, unit: int, error: RayError) -> FedsimError:
+        """What failed outside the user's function: its result cannot be sent or stored, or the call cannot be read."""
+        if isinstance(error, _FULL):
+            return resources.store_full(_cause(error))
+        return WorkerError(f"stage run: {self._name(unit)}: {_cause(error)}")
+
+    def _lost(self, member: "_Worker", error: RayError) -> None:
+        starved = isinstance(error, OutOfMemoryError)
+        unit = self.dispatch.lost(member, _cause(error), starved)
+        self.executor._replace(member, self.job)
+        if unit is None:
+            return
+        causes = self.dispatch.losses[unit]
+        if starved and unit in self.starved:
+            raise resources.out_of_memory(self._name(unit), self.peak, causes[-1])
+        if starved:
+            self.starved.add(unit)
         if len(causes) == ATTEMPTS:
             listed = "; ".join(f"{i + 1}: {c}" for i, c in enumerate(causes))
-            raise WorkerError(f"stage run: {self._name(indices[0])} was lost {ATTEMPTS} times ({listed})")
-        ray.kill(member.actor)
-        self.executor._replace(member)
-
-    def _check_alive(self) -> None:
-        """``CapacityError`` if every worker still waits to be placed; otherwise units are merely long."""
-        self.heard = time.monotonic()
-        started, _ = ray.wait([m.started for m in self.executor._members], num_returns=1, timeout=0)
-        if not started:
-            have = ray.cluster_resources()
-            raise CapacityError(
-                f"no worker could be placed again; the cluster has {have.get('CPU', 0):g} CPU and {have.get('GPU', 0):g} GPU left"
-            )
+            raise WorkerError(f"stage run: {self._name(unit)} was lost {ATTEMPTS} times ({listed})")
 
     def _abandon(self) -> None:
         """Take back calls that have not begun; one that runs ends by itself, and its result is dropped."""
         for member in self.executor._members:
             for call in member.calls:
                 ray.cancel(call)
-            member.calls.clear()
+            member.forget()
 
-    def _name(self, index: int) -> str:
-        return f"unit {index} ({str(self.units[index])[:200]})"
+    def _name(self, unit: int) -> str:
+        return f"unit {unit} ({str(self.units[unit])[:200]})"
+
+
+def _smallest_store() -> float:
+    return float(min(node["Resources"].get("object_store_memory", inf) for node in ray.nodes() if node["Alive"]))
+
+
+def _bytes_stored(reference: Any) -> int:
+    """0 for what is small and travels with its message."""
+    found = get_local_object_locations([reference]).get(reference, {})
+    return found.get("object_size") or 0 if found.get("node_ids") else 0
 
 
 def _connect(address: str | None, workers: int | None, gpus: float) -> bool:
-    """Connect to a cluster; whether it is ours to shut down."""
+    """Connect to a cluster; whether the connection, and a cluster started for it, is ours to end."""
     if ray.is_initialized():
         if address is not None:
             raise ValueError(
                 f"this process is already connected to a Ray cluster; call ray.shutdown() before address={address!r}, or give none to join"
             )
         return False
-    if address is None and gpus > 0:
-        _check_local_gpus(gpus * (workers or 1))
+    address = address or os.environ.get("RAY_ADDRESS") or None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
+        if gpus > 0:
+            resources.check_this_machine(gpus)
         options |= {"include_dashboard": False, "num_cpus": max(workers or 0, os.cpu_count() or 1)}
-    ray.init(address=address, **options)
+    ray.init(address=address or "local", **options)  # None would join any cluster that runs on this machine
     return True
-
-
-def _check_local_gpus(wanted: float) -> None:
-    """Before a cluster is started on this machine: its GPUs are those torch sees."""
-    import torch
-
-    have = torch.cuda.device_count()
-    if wanted > have:
-        raise CapacityError(
-            f"the workers need {wanted:g} GPU, this machine has {have}; use gpus_per_worker=0, or give the address of a cluster that has them"
-        )
-
-
-def _check_capacity(workers: int, gpus: float) -> None:
-    have = ray.cluster_resources()
-    for name, each in (("CPU", 1.0), ("GPU", gpus)):
-        if workers * each > have.get(name, 0.0):
-            raise CapacityError(
-                f"{workers} workers need {workers * each:g} {name}, the cluster has {have.get(name, 0.0):g}; ask for fewer workers or join a larger cluster"
-            )
-
-
-def _default_workers(gpus: float) -> int:
-    have = ray.cluster_resources()
-    if gpus > 0:
-        return max(1, int(have.get("GPU", 0.0) / gpus))
-    return max(1, int(have.get("CPU", 1.0)))
 
 
 def _put(value: Any, name: str) -> Any:
     try:
         return ray.put(value)
-    except (TypeError, cloudpickle.pickle.PicklingError) as error:
-        raise _unpicklable(value, name, error) from error
+    except _UNPICKLABLE as error:
+        raise unsendable(value, name, cloudpickle.dumps, error) from error
+    except _FULL as error:
+        raise resources.store_full(_cause(error)) from error
 
 
-def _unpicklable(value: Any, name: str, error: Exception) -> TypeError:
-    path, culprit = _find_unpicklable(value, name)
-    return TypeError(
-        f"{path}, a {type(culprit).__module__}.{type(culprit).__qualname__}, cannot be sent to a worker ({str(error).splitlines()[0]})"
-    )
-
-
-def _find_unpicklable(value: Any, path: str) -> tuple[str, Any]:
-    """The deepest part of ``value`` that does not pickle."""
-    if isinstance(value, Mapping):
-        parts = [(f"{path}[{k!r}]", v) for k, v in value.items()]
-    elif isinstance(value, list | tuple):
-        parts = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
-    else:
-        parts = [(f"{path}.{k}", v) for k, v in getattr(value, "__dict__", {}).items()]
-    for where, part in parts:
-        if not _pickles(part):
-            return _find_unpicklable(part, where)
-    return path, value
-
-
-def _pickles(value: Any) -> bool:
-    try:
-        cloudpickle.dumps(value)
-    except Exception:
-        return False
-    return True
-
-
-def _portable(error: BaseException) -> tuple[BaseException, ...]:
-    """The exception and its causes, outermost first; one that does not pickle is named by a ``WorkerError`` instead."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and len(chain) < 8:
-        chain.append(current if _pickles(current) else WorkerError(f"stage run: {type(current).__qualname__}: {current}"))
-        current = current.__cause__
-    return tuple(chain)
-
-
-def _raise_chained(chain: tuple[BaseException, ...]) -> None:
-    for error, cause in pairwise(chain):
-        error.__cause__ = cause
-    raise chain[0]
-
-
-def _last_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, ActorDiedError | RayTaskError) and any("Error" in line for line in lines):
-        lines = [line for line in lines if "Error" in line] + lines[-1:]
-    return " | ".join(lines[-4:])[-400:]
+def _cause(error: RayError) -> str:
+    return last_lines(error, only_errors=isinstance(error, ActorDiedError | RayTaskError))

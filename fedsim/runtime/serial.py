@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsim.errors import CapacityError
-from fedsim.runtime.executor import NOTHING, Needs, Recent, Shared, Work, one_thread
+from fedsim.runtime.executor import NOTHING, Needs, Recent, Shared, Work, needs_of, one_thread
 
 
 class SerialExecutor:
@@ -20,8 +20,16 @@ class SerialExecutor:
     def share(self, value: Any) -> Shared:
         return Shared(value)
 
-    def map(self, fn: Work, units: Sequence[Any], shared: Mapping[str, Any], needs: Needs = NOTHING) -> list[Any]:
-        _check(needs)
+    def map(
+        self,
+        fn: Work,
+        units: Sequence[Any],
+        shared: Mapping[str, Any],
+        needs: Needs | Sequence[Needs] = NOTHING,
+        costs: Sequence[float] | None = None,
+    ) -> list[Any]:
+        """Units go in order, whatever they cost."""
+        _check(max((need.gpus for need in needs_of(units, needs, costs)), default=0.0))
         values = {name: value.held if isinstance(value, Shared) else value for name, value in shared.items()}
         with one_thread():
             return [fn(unit, values, self._cache) for unit in units]
@@ -36,12 +44,12 @@ class SerialExecutor:
         self.close()
 
 
-def _check(needs: Needs) -> None:
-    if needs.gpus == 0:
+def _check(gpus: float) -> None:
+    if gpus == 0:
         return
     import torch
 
-    if needs.gpus > torch.cuda.device_count():
+    if gpus > torch.cuda.device_count():
         raise CapacityError(
-            f"a unit needs {needs.gpus:g} GPU, this machine has {torch.cuda.device_count()}; ask for none, or use a machine with one"
+            f"a unit needs {gpus:g} GPU, this machine has {torch.cuda.device_count()}; ask for none, or use a machine with one"
         )

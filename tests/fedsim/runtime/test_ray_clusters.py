@@ -1,10 +1,13 @@
 """Clusters of several nodes, a node that dies, a store and a memory that are full: each ends as the serial run does, or with one clear error."""
 
+import inspect
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,15 +99,57 @@ def test_a_driver_finds_a_running_cluster_by_itself(cluster, tmp_path):
     assert done.stdout.strip().endswith("1 [2, 1]"), done.stderr[-2000:]
 
 
+JOB = f"""
+import fedsim as fs
+from fedsim.encoding import digest
+from fedsim.rounds import Training
+
+{inspect.getsource(trained)}
+with fs.RayExecutor(workers=2) as executor:
+    print("RESULT", trained(executor), len({{member.node for member in executor._members}}))
+"""
+
+
+def test_a_job_sent_to_a_cluster_of_two_nodes_trains_there_to_the_same_bits(tmp_path):
+    pytest.importorskip("aiohttp_cors", reason="ray job submit needs ray[default]")
+    port = _free_port()
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port, "dashboard_agent_listen_port": _free_port()}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        made.add_node(num_cpus=1, dashboard_agent_listen_port=_free_port())
+        made.wait_for_nodes()
+        (tmp_path / "job.py").write_text(JOB)
+        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+        command = [Path(sys.executable).with_name("ray"), "job", "submit", f"--address=http://127.0.0.1:{port}", "--", sys.executable]
+        command.append(tmp_path / "job.py")
+        until = time.monotonic() + 90
+        while True:  # until the cluster's agents are up
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+            if "No available agent" not in done.stderr or time.monotonic() > until:
+                break
+            time.sleep(2)
+        assert f"RESULT {trained(fs.SerialExecutor())} 2" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    finally:
+        made.shutdown()
+
+
+def _free_port():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
 def heavy_result(unit, shared, cache):
     return np.full(5_000_000, float(unit))
 
 
-def test_a_store_smaller_than_the_results_spills_and_gives_them_all():
+def test_a_store_smaller_than_the_results_spills_says_so_once_and_gives_them_all():
     ray.init(num_cpus=1, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)
     try:
         with fs.RayExecutor(workers=1) as executor:
-            found = executor.map(heavy_result, list(range(12)), {})
+            with pytest.warns(RuntimeWarning, match="of an object store of 150 MiB.*object_store_memory=BYTES") as said:
+                found = executor.map(heavy_result, list(range(12)), {})
+            assert len(said) == 1
             assert [float(v[0]) for v in found] == list(range(12))
             assert sum(v.nbytes for v in found) > 400 * 2**20
     finally:
