@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.availability import TRIES
 from fedsim.communication import Uniform
 from fedsim.local_training import Unit, train_unit
 from fedsim.randomness import rng_for
@@ -31,7 +32,7 @@ _BLIND_DRAWS = 64
 class Flight:
     """Who is training: ``clients`` (m,), the ``version`` (m,) each was sent, when it is ``back`` (m,) and the ``number`` (m,) of its sending.
 
-    ``sent`` counts sendings, ``owed`` are clients taken in and not yet replaced. ``versions`` (V,), ascending, and ``models`` (V, P) are those still in use.
+    ``sent`` counts sendings. ``versions`` (V,), ascending, and ``models`` (V, P) are those still in use.
     """
 
     clients: Ints
@@ -39,13 +40,12 @@ class Flight:
     back: NDArray[np.float64]
     number: Ints
     sent: int
-    owed: int
     versions: Ints
     models: Vector
 
 
 def begin(training: "Training", params: Vector) -> Flight:
-    """Nobody is in flight yet; as many are owed as shall be. ``ValueError`` for more than there are clients with data, and for what needs rounds."""
+    """Nobody is in flight yet. ``ValueError`` for more than there are clients with data, and for what needs rounds."""
     rule = _rule(training)
     if rule.concurrency > len(training.holders):
         raise ValueError(f"concurrency={rule.concurrency} is more than the {len(training.holders)} clients with data")
@@ -54,7 +54,7 @@ def begin(training: "Training", params: Vector) -> Flight:
             "FedBuff has no rounds: deadlines, dropout, schedules with several uploads and compressions with memory do not go with it"
         )
     none = np.empty(0, np.int64)
-    return Flight(none, none, np.empty(0), none, 0, rule.concurrency, np.array([0]), params[None])
+    return Flight(none, none, np.empty(0), none, 0, np.array([0]), params[None])
 
 
 def update(training: "Training", state: "TrainState") -> tuple["TrainState", Round]:
@@ -90,51 +90,62 @@ def _rule(training: "Training") -> FedBuff:
 
 def _gather(training: "Training", state: "TrainState") -> tuple[Flight, Ints, float]:
     """Let time go until the buffer is full: the flight, the rows of those in the buffer in order of arrival, and the time."""
-    flight, clock, taken = state.server, state.clock, np.empty(0, np.int64)
-    while len(taken) < _rule(training).buffer:
+    rule, flight, clock, taken, asked = _rule(training), state.server, state.clock, np.empty(0, np.int64), False
+    while len(taken) < rule.buffer:
         back = flight.back.copy()
         back[taken] = np.inf
         first = np.lexsort((flight.clients, back))[:1]
-        if flight.owed and not (len(first) and back[first[0]] <= clock):
+        if not asked and not (len(first) and back[first[0]] <= clock):
             flight, clock = _send(training, flight, taken, clock, state.round)
+            asked = True
         else:
             clock = max(clock, float(back[first[0]]))
-            taken, flight = np.concatenate([taken, first]), replace(flight, owed=flight.owed + 1)
+            taken, asked = np.concatenate([taken, first]), False
     return flight, taken, clock
 
 
 def _send(training: "Training", flight: Flight, taken: Ints, clock: float, version: int) -> tuple[Flight, float]:
-    """Send idle clients out for those owed, as many as there are; with nobody in flight and nobody idle, wait until somebody can be asked again."""
+    """Send idle clients out until as many are in flight as shall be, or nobody idle can be asked: those missing are looked for again when somebody is back.
+
+    With nobody in flight the server waits until it finds somebody. Raises ``ValueError`` if nobody comes.
+    """
     busy = set(np.delete(flight.clients, taken).tolist())
     chosen: list[int] = []
-    while len(chosen) < flight.owed and (found := _idle(training, busy, clock, flight.sent + len(chosen))) is not None:
-        busy.add(found)
-        chosen.append(found)
-    if not chosen and not len(np.delete(flight.clients, taken)):
-        return flight, training.availability.next_look(training.fleet, clock)
-    if not chosen:
-        return replace(flight, owed=0), clock  # those missing are made up for when somebody comes back: he is owed, and so are they
-    clients = np.array(chosen)
+    for look in range(TRIES):
+        while len(busy) < _rule(training).concurrency:
+            found = _idle(training, busy, clock, flight.sent + len(chosen), look)
+            if found is None:
+                break
+            busy.add(found)
+            chosen.append(found)
+        if busy:
+            break
+        clock = training.availability.next_look(training.fleet, clock)
+    else:
+        raise ValueError(
+            f"no client was available in {TRIES} looks before update {version}, up to {clock:g} simulated seconds; raise availability"
+        )
+    clients = np.array(chosen, np.int64)
     cohort = training.cohort(clients, training.strategy.steps(training.shards.sizes[clients]))
     back = clock + cohort.down_seconds + cohort.steps * cohort.step_seconds + cohort.up_seconds
     added = {"clients": clients, "version": np.full(len(clients), version), "back": back, "number": flight.sent + np.arange(len(clients))}
     columns = {name: np.concatenate([getattr(flight, name), values]) for name, values in added.items()}
-    return replace(flight, **columns, sent=flight.sent + len(clients), owed=flight.owed - len(clients)), clock
+    return replace(flight, **columns, sent=flight.sent + len(clients)), clock
 
 
-def _idle(training: "Training", busy: set[int], clock: float, number: int) -> int | None:
-    """An idle client that is available at ``clock``, each equally likely; ``None`` where there is none."""
+def _idle(training: "Training", busy: set[int], clock: float, number: int, look: int = 0) -> int | None:
+    """An idle client that is available at ``clock``, each equally likely; ``None`` where there is none. ``look`` counts those in vain before."""
     holders, rng = training.holders, rng_for(training.seed, "sent out", number)
     for client in holders[rng.integers(len(holders), size=_BLIND_DRAWS)].tolist():
-        if client not in busy and _present(training, np.array([client]), clock, number)[0]:
+        if client not in busy and _present(training, np.array([client]), clock, number, look)[0]:
             return int(client)
     idle = np.setdiff1d(holders, list(busy))
-    idle = idle[_present(training, idle, clock, number)]
+    idle = idle[_present(training, idle, clock, number, look)]
     return int(rng.choice(idle)) if len(idle) else None
 
 
-def _present(training: "Training", clients: Ints, clock: float, number: int) -> NDArray[np.bool_]:
-    return training.availability.present(training.fleet, clients, clock, number, training.seed, 0)
+def _present(training: "Training", clients: Ints, clock: float, number: int, look: int) -> NDArray[np.bool_]:
+    return training.availability.present(training.fleet, clients, clock, number, training.seed, look)
 
 
 def _train(
@@ -146,7 +157,7 @@ def _train(
     units = [_unit(training, arrived, part, weights) for part in parts]
     models = {f"model {v}": training.executor.share(flight.models[i]) for i, v in enumerate(flight.versions.tolist())}
     shared = {"state": None, **{k: v for k, v in training.shared.items() if k != "test"}, **models}
-    outcomes = training.executor.map(train_unit, units, shared)
+    outcomes = training.executor.map(train_unit, units, shared, training.needs)
     losses, digests = np.zeros(len(arrived.clients)), np.full(len(arrived.clients), "", "U16")
     for part, outcome in zip(parts, outcomes, strict=True):
         losses[part], digests[part] = outcome.losses, outcome.blocks
@@ -199,7 +210,7 @@ def _landed(flight: Flight, taken: Ints, version: int, params: Vector) -> Flight
     columns = {name: np.delete(getattr(flight, name), taken) for name in ("clients", "version", "back", "number")}
     used = np.isin(flight.versions, columns["version"])
     versions, models = np.append(flight.versions[used], version), np.concatenate([flight.models[used], params[None]])
-    return Flight(**columns, sent=flight.sent, owed=flight.owed, versions=versions, models=models)
+    return Flight(**columns, sent=flight.sent, versions=versions, models=models)
 
 
 def _record(

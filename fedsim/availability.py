@@ -21,7 +21,7 @@ from fedsim.randomness import rng_for, uniforms
 Bools = NDArray[np.bool_]
 Clients = NDArray[np.int64]
 _HOUR, _DAY = 3600.0, 86400.0
-_TRIES = 1000
+TRIES = 1000
 _FIRST_LOOK = 4096  # candidates asked at first: a small fleet is asked whole
 
 
@@ -160,7 +160,7 @@ class Trace:
     def present(self, fleet: Fleet, clients: Clients, clock: float, round: int, seed: int, attempt: int) -> Bools:
         who = clients if self.by == "client" else fleet.device[clients].astype(np.int64)
         now = self._within(clock)
-        row = np.searchsorted(self._keys, who * self._stride + now, side="right") - 1
+        row = np.searchsorted(self._keys, who + 1j * now, side="right") - 1
         inside = (row >= 0) & (self.who[row] == who)
         return np.asarray(inside & (now < self.end[row]))
 
@@ -168,22 +168,18 @@ class Trace:
         now = self._within(clock)
         later = self.start[self.start > now]
         if len(later):
-            return float(clock + (later.min() - now))
+            return max(float(clock + (later.min() - now)), math.nextafter(clock, math.inf))
         if self.period_seconds is None:
             raise ValueError(f"nobody of the trace is there after {clock:g} simulated seconds; lengthen the trace or give period_seconds")
-        return float(clock + (self.period_seconds - now) + self.start.min())
+        return max(float(clock + (self.period_seconds - now) + self.start.min()), math.nextafter(clock, math.inf))
 
     def _within(self, clock: float) -> float:
         return clock if self.period_seconds is None else math.fmod(clock, self.period_seconds)
 
     @cached_property
-    def _stride(self) -> float:
-        """More than any time: keys of one client lie apart from those of the next."""
-        return 2.0 ** math.ceil(math.log2(float(self.end.max()) + 1.0))
-
-    @cached_property
-    def _keys(self) -> NDArray[np.float64]:
-        return np.asarray(self.who * self._stride + self.start)
+    def _keys(self) -> NDArray[np.complex128]:
+        """Rows by client, then by time: the order of complex numbers, which is exact where one float for both would round."""
+        return np.asarray(self.who + 1j * self.start)
 
 
 def draw_cohort(
@@ -194,14 +190,14 @@ def draw_cohort(
     Candidates are asked in random order, more of them while too few are there, at last all. A server that finds nobody asks again when
     :meth:`Availability.next_look` says. Raises ``ValueError`` if nobody comes.
     """
-    for attempt in range(_TRIES):
+    for attempt in range(TRIES):
         present = _present(availability, fleet, holders, size, clock, round, seed, attempt)
         if len(present):
             if len(present) > size:
                 present = np.sort(rng_for(seed, "cohort", round).choice(present, size, replace=False))
             return present.astype(np.int64), clock
         clock = availability.next_look(fleet, clock)
-    raise ValueError(f"no client was available in {_TRIES} looks of round {round}, up to {clock:g} simulated seconds; raise availability")
+    raise ValueError(f"no client was available in {TRIES} looks of round {round}, up to {clock:g} simulated seconds; raise availability")
 
 
 def _present(

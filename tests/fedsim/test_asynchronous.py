@@ -8,6 +8,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
+from fedsim.availability import Independent, Trace
 from fedsim.communication import FedSGD, Uniform
 from fedsim.encoding import decode, digest, encode
 from fedsim.fleet import Fleet
@@ -57,8 +58,16 @@ class Quadratics(Task):
         return torch.zeros(len(batch.inputs))
 
 
-def prepared(strategy, flops=None, rounds=6, communication=None, **options):
-    columns = dict.fromkeys(("memory", "up", "down"), np.full(NUM, 1e12)) | {"flops": np.full(NUM, 1e6) if flops is None else flops}
+UPLOAD = 24  # bytes
+
+
+def columns_of(seconds=1.0):
+    """Devices that need so many seconds for an upload, and next to none for the rest: the model costs no FLOPs that torch would count."""
+    return dict.fromkeys(("memory", "down", "flops"), np.full(NUM, 1e12)) | {"up": np.full(NUM, UPLOAD / np.asarray(seconds))}
+
+
+def prepared(strategy, seconds=1.0, rounds=6, communication=None, **options):
+    columns = columns_of(seconds)
     return Training.prepare(
         task=Quadratics(),
         fleet=Fleet.from_table(columns, partition=OneEach()),
@@ -114,15 +123,15 @@ def by_hand(training, updates):
     from fedsim.asynchronous import _idle
 
     rule, w, version, clock, sent, busy = training.strategy, 0.0, 0, 0.0, 0, {}
-    duration = {i: float(training.cohort(np.array([i]), np.array([3])).step_seconds[0]) * 3 for i in range(NUM)}
-    link = training.costs(np.array([0]))[0][0] / 1e12 + training.costs(np.array([0]))[1][0] / 1e12
+    assert training.costs(np.array([0]))[0][0] == UPLOAD
+    duration = UPLOAD / training.fleet.up + 16 / 1e12
     owed, buffer, path = rule.concurrency, [], []
     while version < updates:
         arriving = sorted((back, i) for i, (back, _, _) in busy.items() if back <= clock)
         if owed and not arriving:
             for _ in range(owed):
                 i = _idle(training, set(busy), clock, sent)
-                busy[i] = (clock + duration[i] + link, version, w)
+                busy[i] = (clock + duration[i], version, w)
                 sent += 1
             owed = 0
             continue
@@ -144,8 +153,8 @@ def by_hand(training, updates):
 @pytest.mark.parametrize(("buffer", "concurrency"), [(3, 6), (1, 6), (5, 3), (4, 12)])
 @pytest.mark.parametrize("equal", [True, False])
 def test_any_buffer_follows_the_event_loop(buffer, concurrency, equal):
-    flops = np.full(NUM, 1e6) if equal else 1e6 / np.random.default_rng(1).uniform(1, 10, NUM)
-    training = prepared(FedBuff(**PLAIN, buffer=buffer, concurrency=concurrency, server_lr=0.7), flops, rounds=12)
+    seconds = 1.0 if equal else np.random.default_rng(1).uniform(1, 10, NUM)
+    training = prepared(FedBuff(**PLAIN, buffer=buffer, concurrency=concurrency, server_lr=0.7), seconds, rounds=12)
     state, path = training.init(), []
     while state.round < 12:
         state, _ = training.step(state)
@@ -154,8 +163,7 @@ def test_any_buffer_follows_the_event_loop(buffer, concurrency, equal):
 
 
 def uneven(**options):
-    flops = 1e6 / np.random.default_rng(1).uniform(1, 10, NUM)
-    return prepared(FedBuff(**PLAIN, buffer=4, concurrency=9), flops, rounds=10, **options)
+    return prepared(FedBuff(**PLAIN, buffer=4, concurrency=9), np.random.default_rng(1).uniform(1, 10, NUM), rounds=10, **options)
 
 
 def test_slow_clients_come_back_stale_and_old_models_are_let_go():
@@ -193,13 +201,34 @@ def test_a_stored_state_goes_on_as_if_it_had_not_stopped():
 
 
 def test_clients_away_are_not_sent_out():
-    from fedsim.availability import Trace
-
     some = Trace(who=np.array([1, 4, 7]), start=np.array([10.0, 10.0, 10.0]), end=np.full(3, 1e12))
     training = prepared(FedBuff(**PLAIN, buffer=2, concurrency=5), availability=some)
     _, records = run(training)
     assert {c for r in records for c in r.cohort.tolist()} == {1, 4, 7}
     assert records[0].clock > 10.0
+
+
+def test_as_many_train_as_shall_once_those_missing_are_there():
+    late = Trace(who=np.arange(NUM), start=np.where(np.arange(NUM) < 2, 0.0, 20.0), end=np.full(NUM, 1e12))
+    training = prepared(FedBuff(**PLAIN, buffer=1, concurrency=6), availability=late, rounds=2000)
+    state = training.init()
+    while state.clock < 25.0:
+        state, _ = training.step(state)
+    assert len(state.server.clients) == 5, "six, of whom the last one is back"
+    assert len(set(state.server.clients.tolist())) == 5
+
+
+def test_a_server_that_finds_nobody_asks_again_later_and_draws_anew():
+    columns = columns_of()
+    rare = Fleet.from_table({**columns, "availability": np.full(NUM, 0.002)}, partition=OneEach())
+    training = replace(prepared(FedBuff(**PLAIN, buffer=2, concurrency=3)), fleet=rare, availability=Independent(retry_seconds=5.0))
+    state, records = run(training)
+    assert state.round == 6
+    assert state.clock > 100.0
+    assert len({c for r in records for c in r.cohort.tolist()}) > 3
+    never = replace(training, fleet=Fleet.from_table({**columns, "availability": np.full(NUM, 1e-9)}, partition=OneEach()))
+    with pytest.raises(ValueError, match="no client was available in 1000 looks before update 0, up to 5000 simulated"):
+        never.step(never.init())
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,21 @@ def test_the_clock_jumps_to_the_next_interval_or_says_that_there_is_none():
     assert draw_cohort(again, fleet, everyone(fleet), 1, clock=390.0, **options)[1] == 500.0
 
 
+def test_a_trace_of_years_and_millions_is_exact_to_the_last_bit():
+    starts = 1e9 + np.array([0.0, 1e-4])
+    trace, fleet = Trace(who=[999_999, 999_999], start=starts, end=[1e9 + 5e-5, 2e9]), fleet_of(1_000_000)
+    for clock, expected in ((np.nextafter(starts[0], 0), False), (starts[0], True), (1e9 + 7e-5, False), (starts[1], True)):
+        assert bool(trace.present(fleet, np.array([999_999]), clock, 0, 0, 0)[0]) == expected
+
+
+@pytest.mark.parametrize("clock", [1e9 + 0.1, 3e10 + 1 / 3, 7.7e12])
+def test_the_clock_moves_on_where_the_next_interval_is_nearer_than_a_float_can_say(clock):
+    now = clock % 0.7
+    trace, fleet = Trace(who=[0], start=[min(0.65, now + 1e-12)], end=[0.7], period_seconds=0.7), fleet_of(1)
+    found = draw_cohort(trace, fleet, everyone(fleet), 1, clock=clock, round=0, seed=0)[1]
+    assert clock <= found <= clock + 1.0
+
+
 @pytest.mark.parametrize("num", [40, 6000])
 def test_a_cohort_is_uniform_over_those_present(num):
     """6,000 clients are more than are asked at first."""

@@ -153,6 +153,14 @@ def test_a_deadline_needs_one_upload_a_round():
         trained(communication=fs.FedSGD(), deadline=Deadline(seconds=1))
 
 
+def test_an_endless_deadline_takes_the_first_to_finish_but_cannot_wait_for_those_that_vanish():
+    kept, ended = Deadline(seconds=np.inf).select([4.0, 1.0, 3.0], wanted=2)
+    assert kept.tolist() == [False, True, True]
+    assert ended == 3.0
+    with pytest.raises(ValueError, match=r"deadline\.seconds a finite number"):
+        trained(deadline=Deadline(seconds=np.inf), dropout=Dropout(probability=0.3))
+
+
 @pytest.mark.parametrize(
     ("law", "match"),
     [
