@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.lanes import LaneBlock, Rows, StepError
+from fedsim.mounted import Examples
 from fedsim.strategies import Strategy
 from fedsim.tasks.base import Dataset, Task
 
@@ -55,9 +56,9 @@ class _Layer(NamedTuple):
 class DenseBlock(LaneBlock):
     """See :func:`is_dense`, which must hold."""
 
-    def train(self, dataset: Dataset, rows: Rows, low: int, active: NDArray[np.bool_]) -> Tensor:
+    def train(self, dataset: Examples, rows: Rows, low: int, active: NDArray[np.bool_]) -> Tensor:
         layers, steps, t = self._layers(rows.shape[2]), rows.shape[1], 0
-        losses = torch.empty(steps, self.width, dtype=self.weights[0].dtype)
+        losses = self.weights[0].new_empty(steps, self.width)
         classes = layers[-1].weight.shape[1]
         chunk = max(1, _FETCHED // (self.width * rows.shape[2] * (layers[0].weight.shape[2] + 2 * classes)))
         try:
@@ -76,15 +77,15 @@ class DenseBlock(LaneBlock):
             raise StepError(t) from error
         return losses
 
-    def _fetched(self, dataset: Dataset, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _fetched(self, dataset: Examples, rows: Rows) -> tuple[Tensor, Tensor]:
         """Inputs (T, W, B, D) and targets (T, W, 1, B) of the examples ``rows`` (W, T, B)."""
         inputs, targets = dataset.batch(rows.reshape(-1))
         lanes, steps, batch = rows.shape
         return inputs.view(lanes, steps, batch, -1).transpose(0, 1), targets.view(lanes, steps, 1, batch).transpose(0, 1)
 
     @staticmethod
-    def lanes_for(count: int, lanes: int) -> int:
-        return max(count, min(4, lanes))
+    def width_of(count: int, lanes: int) -> int:
+        return max(count, min(8, lanes))
 
     def _step_back(self, layers: Sequence[_Layer], inputs: Tensor, taking: NDArray[np.bool_]) -> None:
         """One step of the clients ``taking`` (n,), with the slope of the losses in the last layer."""
@@ -94,7 +95,7 @@ class DenseBlock(LaneBlock):
         elif taking.all():
             self._descend_along(layers, inputs)
         else:  # every lane steps, then the idle are put back: whether somebody idles must not change how the others round
-            idle = torch.from_numpy(np.flatnonzero(~taking[self._fill]))
+            idle = torch.from_numpy(np.flatnonzero(~taking[self._fill])).to(self.device)
             before = [w[idle] for w in self.weights]
             self._descend_along(layers, inputs)
             for weight, value in zip(self.weights, before, strict=True):

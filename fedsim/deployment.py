@@ -93,8 +93,11 @@ def _assign(dense: DenseModel, kept: NDArray[np.bool_], pruner: Pruner, capacity
     sizes, flops = dense.smap.cost("bytes", removed), dense.smap.cost("flops", removed)
     level = capacity.levels(fleet, sizes, flops)
     owner = np.arange(len(fleet)) if pruner.calibration == "client" else np.zeros(len(fleet), np.int64)
-    pairs, variant = np.unique(np.stack([owner, level]), axis=1, return_inverse=True)
-    submodels = [Submodel(kept[o, i], dense.smap.fingerprint, float(pruner.levels[i])) for o, i in pairs.T]
+    num = len(pruner.levels)
+    used, variant = np.unique(owner * num + level, return_inverse=True)
+    submodels = [
+        Submodel(kept[o, i], dense.smap.fingerprint, float(pruner.levels[i])) for o, i in zip(used // num, used % num, strict=True)
+    ]
     return Deployed(level=level, variant=variant.reshape(-1), variants=tuple(Variant(s) for s in submodels))
 
 
@@ -155,6 +158,7 @@ def _recovered(
         rounds=last,
         evaluate_every=last,
         lanes=simulation.lanes,
+        device=simulation.device,
         availability=simulation.availability,
         deadline=simulation.deadline,
         dropout=simulation.dropout,

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from fedsim.mounted import Examples
 from fedsim.parameters import Layout
 from fedsim.randomness import rng_for
 from fedsim.runtime.batching import padded
 from fedsim.strategies import Strategy
-from fedsim.tasks.base import Batch, Dataset, Task
+from fedsim.tasks.base import Batch, Task
 from fedsim.updates import Vector
 
 Rows = NDArray[np.int64]
@@ -30,21 +31,24 @@ _SMALL_PICTURE, _TINY_PICTURE = 16, 8
 _CACHE_BYTES = 4 * 2**20
 
 
-def lanes_for(task: Task, model: nn.Module, batch: Batch) -> int:
+def lanes_for(task: Task, model: nn.Module, batch: Batch, device: str = "cpu") -> int:
     """Width of the blocks by rule, never by timing: up to 64 for linear models, 32 for convolutions on pictures up to 8 x 8, 16 up to 16 x 16, else 1 (the loop).
 
-    Narrower, down to 8, while the stacked parameters exceed 4 MiB, because then they fall out of a core's cache.
+    Narrower, down to 8, while the stacked parameters exceed 4 MiB, because then they fall out of a core's cache. On "cuda", where launching dominates
+    everywhere, 64 for linear models and 32 for convolutions.
     """
     leaves = [m for m in model.modules() if not any(True for _ in m.children())]
     owners = [m for m in model.modules() if m not in leaves and any(True for _ in m.parameters(recurse=False))]
-    small = batch.inputs.ndim == 4 and max(batch.inputs.shape[-2:]) <= _SMALL_PICTURE
+    small = batch.inputs.ndim == 4 and (device == "cuda" or max(batch.inputs.shape[-2:]) <= _SMALL_PICTURE)
     if owners or not all(isinstance(m, _PLAIN + (_PICTURES if small else ())) for m in leaves):
         return 1
     if why_not_batched(task, model, batch) is not None:
         return 1
     widest = 64
     if any(isinstance(m, nn.Conv2d) for m in leaves):
-        widest = 32 if max(batch.inputs.shape[-2:]) <= _TINY_PICTURE else 16
+        widest = 32 if device == "cuda" or max(batch.inputs.shape[-2:]) <= _TINY_PICTURE else 16
+    if device == "cuda":
+        return widest
     fitting = [width for width in (8, 16, 32, 64) if width <= widest and width * Layout.of(model).bytes <= _CACHE_BYTES]
     return max(fitting, default=8)
 
@@ -54,8 +58,9 @@ def why_not_batched(task: Task, model: nn.Module, batch: Batch) -> Exception | N
     layout = Layout.of(model)
     views = layout.views(torch.from_numpy(np.tile(layout.flatten(model), (2, 1))))
     stacked = Batch(*(torch.stack([part, part]) for part in batch))
+    known = type(task).losses is Task.losses  # cross entropy itself is known to work
     try:
-        _mapped(task, model)(dict(views), stacked.inputs, stacked.targets)
+        _mapped(_Logits(task, model) if known else _Objective(task, model))(dict(views), stacked.inputs, stacked.targets)
     except Exception as error:  # whatever user code and torch raise is the answer
         return error
     return None
@@ -82,19 +87,24 @@ class Block:
 
     def load(self, start: Tensor, shift: Tensor | None) -> None:
         """Begin from ``start`` (P,) with every client; the local rule is given each one's ``shift`` (n, P)."""
-        self._start = list(self.layout.views(start).values())
+        self._start = list(self.layout.views(start.to(self.device)).values())
         with torch.no_grad():
             for weight, value in zip(self.weights, self._start, strict=True):
                 weight.copy_(value)
 
-    def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies, and the clients train."""
+        return self.weights[0].device
+
+    def step(self, dataset: Examples, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
         """One local step of the ``active`` clients (n,; ``None``: all) on the examples ``rows`` (n, B); each one's mean loss before it, (lanes,).
 
         ``index`` is the step's number in the round.
         """
         raise NotImplementedError
 
-    def train(self, dataset: Dataset, rows: Rows, low: int, active: NDArray[np.bool_]) -> Tensor:
+    def train(self, dataset: Examples, rows: Rows, low: int, active: NDArray[np.bool_]) -> Tensor:
         """Local steps from number ``low`` on, over examples ``rows`` (n, T, B), of the clients ``active`` (T, n) in each: mean losses (T, lanes).
 
         Raises ``StepError`` from whatever a step raises.
@@ -168,18 +178,19 @@ class LoopBlock(Block):
         parameters = dict(model.named_parameters())
         self.weights = [parameters[name] for name in layout.names]
         if strategy.momentum:
-            kept = torch.zeros(layout.size, dtype=self.weights[0].dtype) if carry is None else torch.tensor(carry[0])
+            zeros = torch.zeros(layout.size, dtype=self.weights[0].dtype, device=self.device)
+            kept = zeros if carry is None else torch.tensor(carry[0], device=self.device)
             self.momenta = list(layout.views(kept).values())
 
     def load(self, start: Tensor, shift: Tensor | None) -> None:
         super().load(start, shift)
         if shift is not None:
-            self._shift = list(self.layout.views(shift[0]).values())
+            self._shift = list(self.layout.views(shift[0].to(self.device)).values())
 
-    def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
+    def step(self, dataset: Examples, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
         if active is not None and not active[0]:
-            return torch.zeros(1)
-        torch.default_generator.manual_seed(self._draws + index)
+            return torch.zeros(1, device=self.device)
+        (torch.cuda if self.device.type == "cuda" else torch.default_generator).manual_seed(self._draws + index)
         batch = dataset.batch(rows[0])
         if batch.inputs.ndim == 4:
             batch = batch._replace(inputs=batch.inputs.contiguous(memory_format=torch.channels_last))  # convolutions are faster on it
@@ -194,7 +205,7 @@ class LoopBlock(Block):
     def carry(self) -> Vector | None:
         if self.momenta is None:
             return None
-        return torch.cat([m.reshape(-1) for m in self.momenta]).numpy()[None]
+        return torch.cat([m.reshape(-1) for m in self.momenta]).cpu().numpy()[None]
 
 
 class LaneBlock(Block):
@@ -202,28 +213,28 @@ class LaneBlock(Block):
 
     def __init__(self, task: Task, model: nn.Module, strategy: Strategy, layout: Layout, clients: Rows, carry: Vector | None, lanes: int):
         super().__init__(strategy, layout, clients, carry)
-        self.width = self.lanes_for(len(clients), lanes)
+        self.width = self.width_of(len(clients), lanes)
         self._fill = np.concatenate([np.arange(len(clients)), np.zeros(self.width - len(clients), np.int64)])
         self._task, self._model = task, model
-        dtype = getattr(torch, layout.dtype)
-        self.weights = [torch.empty(self.width, *shape, dtype=dtype, requires_grad=True) for shape in layout.shapes]
+        dtype, device = getattr(torch, layout.dtype), next(model.parameters()).device
+        self.weights = [torch.empty(self.width, *shape, dtype=dtype, device=device, requires_grad=True) for shape in layout.shapes]
         if strategy.momentum and carry is None:
             self.momenta = [torch.zeros_like(w, requires_grad=False) for w in self.weights]
         elif strategy.momentum:
             assert carry is not None
-            self.momenta = [m.clone() for m in layout.views(torch.tensor(carry[self._fill])).values()]
+            self.momenta = [m.clone() for m in layout.views(torch.tensor(carry[self._fill], device=device)).values()]
 
     @staticmethod
-    def lanes_for(count: int, lanes: int) -> int:
+    def width_of(count: int, lanes: int) -> int:
         """Lanes that a block of ``count`` clients computes, at most ``lanes``; so many that a client's bits do not depend on how many they are."""
         return padded(count, lanes)
 
     def load(self, start: Tensor, shift: Tensor | None) -> None:
         super().load(start, shift)
         if shift is not None:
-            self._shift = list(self.layout.views(shift[self._fill]).values())
+            self._shift = list(self.layout.views(shift[self._fill].to(self.device)).values())
 
-    def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
+    def step(self, dataset: Examples, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
         inputs, targets = dataset.batch(rows[self._fill].reshape(-1))
         lanes = (self.width, rows.shape[1])
         named = dict(zip(self.layout.names, self.weights, strict=True))
@@ -234,9 +245,9 @@ class LaneBlock(Block):
 
     @cached_property
     def _mapped(self) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
-        return _mapped(self._task, self._model)
+        return _mapped(_Objective(self._task, self._model))
 
-    def alone(self, dataset: Dataset, rows: Rows, lane: int) -> None:
+    def alone(self, dataset: Examples, rows: Rows, lane: int) -> None:
         """The losses of one lane on its examples ``rows`` (B,), outside the batched program: to see whether they raise."""
         named = {f"model.{name}": w.detach()[lane] for name, w in zip(self.layout.names, self.weights, strict=True)}
         functional_call(_Objective(self._task, self._model), named, (dataset.batch(rows),))
@@ -249,11 +260,11 @@ class LaneBlock(Block):
         if self.momenta is None:
             return None
         count = len(self.clients)
-        return torch.cat([m[:count].reshape(count, -1) for m in self.momenta], dim=1).numpy()
+        return torch.cat([m[:count].reshape(count, -1) for m in self.momenta], dim=1).cpu().numpy()
 
     def _lanes_of(self, active: NDArray[np.bool_] | None) -> Tensor | None:
         """``active`` (n,) as a factor of each lane (W,)."""
-        return None if active is None else torch.from_numpy(active[self._fill].astype(self.layout.dtype))
+        return None if active is None else torch.from_numpy(active[self._fill].astype(self.layout.dtype)).to(self.device)
 
 
 class _Objective(nn.Module):
@@ -267,9 +278,15 @@ class _Objective(nn.Module):
         return self.task.losses(self.model, batch)
 
 
-def _mapped(task: Task, model: nn.Module) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+class _Logits(_Objective):
+    """The part of them that the model has in it."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.task.logits(self.model, batch.inputs)
+
+
+def _mapped(objective: _Objective) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
     """Losses (W, B) of stacked parameters (W, ...) on stacked inputs and targets (W, B, ...)."""
-    objective = _Objective(task, model)
 
     def losses(parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         named = {f"model.{name}": value for name, value in parameters.items()}

@@ -7,7 +7,8 @@ of its shard, cut into batches of exactly ``batch_size``, wrapping over the end 
 # n clients of a unit, k its sync points, T local steps, B examples of a batch, P parameters, S + S' scalars a client keeps
 
 import hashlib
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedsim.dense import DenseBlock, is_dense
 from fedsim.errors import ClientError, DivergedError, FedsimError
 from fedsim.lanes import Block, LaneBlock, LoopBlock, StepError, for_loop
+from fedsim.mounted import Examples, mounted
 from fedsim.parameters import Layout
 from fedsim.randomness import permutations
 from fedsim.runtime.batching import blocks
@@ -89,7 +91,7 @@ class Outcome:
 
 
 def train_unit(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Outcome:
-    """Train a unit. Shared: ``shapes``, ``train`` (Dataset), ``shards``, ``strategy``, ``state`` (the server's) and models (P,) by name.
+    """Train a unit. Shared: ``shapes``, ``train`` (Dataset), ``shards``, ``strategy``, ``device`` (the CPU if there is none), ``state`` (the server's) and models (P,) by name.
 
     Raises ``DivergedError`` for a loss or a parameter that is not finite, and ``ClientError`` from an exception of user code.
     """
@@ -98,9 +100,9 @@ def train_unit(unit: Unit, shared: Mapping[str, Any], cache: MutableMapping[Any,
     team = _team(unit, shape.task, shared, cache)
     rows = example_order(unit.seed, shared["shards"], unit.clients, unit.draws, (unit.start, unit.points[-1]), strategy.batch_size)
     model, params, state = shared[unit.model], shared[unit.server], shared["state"]
-    at, memory = unit.start, unit.memory
+    at, memory, examples = unit.start, unit.memory, mounted(shared["train"], torch.device(shared.get("device", "cpu")), cache)
     for point, weights, share in zip(unit.points, unit.weights, unit.shares, strict=True):
-        leg = _Leg(unit, shared["train"], strategy, shape, state, model, memory, weights, (at, point))
+        leg = _Leg(unit, examples, strategy, shape, state, model, memory, weights, (at, point))
         nodes, memory = leg.run(team, rows[:, at - unit.start : point - unit.start])
         node = tree_sum(nodes)
         if point != unit.points[-1]:
@@ -152,7 +154,7 @@ Team = Sequence[tuple[slice, Block]]
 def _team(unit: Unit, task: Task, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Team:
     """The unit's blocks, each with its part of the unit's clients."""
     strategy = shared["strategy"]
-    model, layout = _model(unit, task, cache)
+    model, layout = _model(unit, task, torch.device(shared.get("device", "cpu")), cache)
     team: list[tuple[slice, Block]] = []
     for low, high in blocks(len(unit.clients), unit.lanes):
         clients, carry = unit.clients[low:high], None if unit.carry is None else unit.carry[low:high]
@@ -171,12 +173,12 @@ def _lane_block(task: Task, model: torch.nn.Module, dataset: Dataset) -> type[La
     return StackedBlock if is_stacked(task, model, dataset) else LaneBlock
 
 
-def _model(unit: Unit, task: Task, cache: MutableMapping[Any, Any]) -> tuple[torch.nn.Module, Layout]:
+def _model(unit: Unit, task: Task, device: torch.device, cache: MutableMapping[Any, Any]) -> tuple[torch.nn.Module, Layout]:
     """A model of the task to train in; kept, for each shape, while the worker sees the same task."""
-    key = ("local model", unit.shape, unit.lanes == 1)
+    key = ("local model", unit.shape, unit.lanes == 1, device)
     kept = cache.get(key)
     if kept is None or kept[0] is not task or kept[1] != unit.seed:
-        model = task.build(unit.seed).train()
+        model = task.build(unit.seed).train().to(device)
         if unit.lanes == 1:
             model = for_loop(model)
         kept = cache[key] = (task, unit.seed, model, Layout.of(model))
@@ -188,7 +190,7 @@ class _Leg:
     """A unit's way over the local ``steps`` from one merge to the next, from the handed-out ``model`` (P,) under the server's state."""
 
     unit: Unit
-    dataset: Dataset
+    examples: Examples
     strategy: Strategy
     shape: Shape
     server: Any
@@ -202,7 +204,7 @@ class _Leg:
         held = self.shape.coordinates
         start = torch.tensor(self.model if held is None else self.model[held])
         sent = []
-        with torch.random.fork_rng(devices=[]):
+        with _reproducible(team[0][1].device):
             for part, block in team:
                 self._train(block, start, part, rows[part])
                 sent.append(self._send(block, start, part))
@@ -214,9 +216,9 @@ class _Leg:
         block.load(start, self._shift(part))
         active = self.unit.steps[part] > np.arange(low, high)[:, None]
         try:
-            losses = block.train(self.dataset, rows, low, active)
+            losses = block.train(self.examples, rows, low, active)
         except StepError as error:
-            _blame(self.unit, block, self.dataset, rows[:, error.step], low + error.step, error.__cause__)
+            _blame(self.unit, block, self.examples, rows[:, error.step], low + error.step, error.__cause__)
         found = losses[:, : len(block.clients)].double().cpu().numpy()
         if not active.all():
             found = np.where(active, found, 0.0)
@@ -234,13 +236,25 @@ class _Leg:
         unit, (low, high) = self.unit, self.steps
         sender = Sender(self.strategy, self.shape.sizes, block.clients, unit.seed, unit.draws[part], high)
         taken = np.minimum(unit.steps[part], high) - low
-        rows, memory = sender.send(start, block.ends(), taken, None if self.memory is None else self.memory[part], self.server)
-        node = fold(rows.cpu().numpy(), self.weights[part])
+        rows, memory = sender.send(start, block.ends().cpu(), taken, None if self.memory is None else self.memory[part], self.server)
+        node = fold(rows.numpy(), self.weights[part])
         if not (np.isfinite(node.total.sum()) or np.isfinite(node.total).all()):  # the sum of finite numbers may overflow
-            client = int(block.clients[np.argmin(rows.isfinite().all(1).cpu().numpy())])
+            client = int(block.clients[np.argmin(rows.isfinite().all(1).numpy())])
             raise DivergedError("parameters are not finite", client=client, round=unit.round, step=high)
         held = self.shape.coordinates
         return node if held is None else spread(node, held, len(self.model)), memory
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Random states are put back after the block; a GPU computes in full precision, by kernels that add in a fixed order."""
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            yield
+        return
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.random.fork_rng(devices=[device]), exact:
+        yield
 
 
 def _digest(node: Partial) -> str:
@@ -251,23 +265,23 @@ def _digest(node: Partial) -> str:
     return hashlib.sha1(sums.tobytes() + data[whole:].tobytes(), usedforsecurity=False).hexdigest()[:16]
 
 
-def _blame(unit: Unit, block: Block, dataset: Dataset, rows: Rows, index: int, cause: BaseException | None) -> NoReturn:
+def _blame(unit: Unit, block: Block, examples: Examples, rows: Rows, index: int, cause: BaseException | None) -> NoReturn:
     """Raise what a step's exception means to its user: the client whose examples raise it, or a model that cannot train as lanes."""
     if isinstance(cause, FedsimError):
         raise cause
-    client = int(block.clients[0]) if len(block.clients) == 1 else _culprit(block, dataset, rows)
+    client = int(block.clients[0]) if len(block.clients) == 1 else _culprit(block, examples, rows)
     if client is None:
         message = f"the model cannot train {len(block.clients)} clients as one program ({cause}); set lanes=1 to train them one at a time"
         raise FedsimError(message) from cause
     raise ClientError(f"{type(cause).__name__}: {cause}", client=client, round=unit.round, step=index + 1) from cause
 
 
-def _culprit(block: Block, dataset: Dataset, rows: Rows) -> int | None:
+def _culprit(block: Block, examples: Examples, rows: Rows) -> int | None:
     """The first client of a batched block whose own examples raise."""
     assert isinstance(block, LaneBlock)
     for lane, client in enumerate(block.clients):
         try:
-            block.alone(dataset, rows[lane], lane)
+            block.alone(examples, rows[lane], lane)
         except Exception:
             return int(client)
     return None

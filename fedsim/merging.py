@@ -91,13 +91,12 @@ class Merging:
         return len(segment.points) == 1 or all(p <= self.merged for p in self.order if p < segment.points[0])
 
     def _execute(self, ready: Sequence[Segment]) -> None:
-        """Costliest units first; the results do not depend on it."""
         queue = [(segment, part) for segment in ready for part in self._parts(segment)]
-        queue.sort(key=lambda sent: -self._flops(sent[0], sent[1].stop - sent[1].start))  # stable: a segment's parts stay in order
+        costs = [self._flops(segment, part.stop - part.start) for segment, part in queue]
         units = _Units(self, queue)
         training = self.training
         shared = {"state": self.server, **{k: v for k, v in training.shared.items() if k != "test"}, **self.models}
-        outcomes = training.executor.map(train_unit, units, shared)
+        outcomes = training.executor.map(train_unit, units, shared, training.needs, costs)
         grouped: dict[Segment, list[Outcome]] = {}
         for (segment, part), outcome in zip(queue, outcomes, strict=True):
             self._note(segment, part, outcome)

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -20,6 +21,7 @@ from fedsim import asynchronous
 from fedsim.availability import Availability, Independent, draw_cohort
 from fedsim.clock import step_flops
 from fedsim.communication import Cohort, Payload, Uniform, UploadSchedule, summary_bytes
+from fedsim.errors import CapacityError
 from fedsim.evaluation import evaluate
 from fedsim.fleet import Fleet
 from fedsim.lanes import lanes_for, why_not_batched
@@ -30,7 +32,8 @@ from fedsim.plan import Plan
 from fedsim.records import Round
 from fedsim.runtime.batching import power_of_two
 from fedsim.runtime.client_state import ClientLog, ClientStates, retain
-from fedsim.runtime.executor import Executor, Shared
+from fedsim.runtime.executor import Executor, Needs, Shared
+from fedsim.runtime.serial import SerialExecutor
 from fedsim.shards import Shards
 from fedsim.stragglers import Deadline, Dropout
 from fedsim.strategies import Strategy
@@ -57,7 +60,7 @@ class TrainState:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Training:
     """Everything rounds need that does not change between them; made by :meth:`prepare`. ``lanes`` is the width of a block: it decides bits.
-    ``lanes_note`` says, where the rule gave 1, why.
+    ``lanes_note`` says, where the rule gave 1, why. ``device`` is where clients train.
 
     ``unit_blocks`` (a power of two, ``None``: by number of workers) decides only where work runs. ``holders``: the clients with data, ascending.
     ``log`` holds what clients keep between rounds, if they keep anything; ``scratch`` is its directory where no other was given.
@@ -73,6 +76,7 @@ class Training:
     executor: Executor
     lanes: int
     lanes_note: str
+    device: Literal["cpu", "cuda"]
     evaluate_every: int
     unit_blocks: int | None
     availability: Availability
@@ -101,6 +105,7 @@ class Training:
         seed: int,
         executor: Executor,
         lanes: int | None = None,
+        device: Literal["cpu", "cuda"] = "cpu",
         evaluate_every: int = 1,
         unit_blocks: int | None = None,
         availability: Availability | None = None,
@@ -110,6 +115,7 @@ class Training:
     ) -> Self:
         """Check the parts against each other, measure the model, and share what every round reads. ``evaluate_every`` rounds, and after the last, the test split is read.
 
+        ``device`` is where clients train: "cuda" needs workers with a GPU, and rounds otherwise than a CPU.
         ``directory`` keeps the states of clients between rounds; a temporary one, which keeps those of the last two rounds, unless given.
 
         Raises ``ValueError`` for a fleet without data, a strategy that cannot follow the schedule, and a model that cannot run in ``lanes``.
@@ -129,9 +135,14 @@ class Training:
         _check_schedule(strategy, communication, min(strategy.cohort, len(holders)), sum(p.total for p in shapes[0].payloads))
         scratch = TemporaryDirectory(prefix="fedsim-") if sizes.memory and directory is None else None
         where = Path(scratch.name) if scratch is not None else directory
+        if deadline is not None and dropout is not None and np.isinf(deadline.seconds):
+            raise ValueError(
+                "a deadline of infinite seconds waits for those that dropout lets vanish: give deadline.seconds a finite number"
+            )
         if deadline is not None and communication != Uniform():
             raise ValueError(f"a deadline needs one upload a round, at its end: use Uniform(), not {communication!r}")
-        width, why = _lanes(task, model, data, strategy.batch_size, lanes)
+        _check_device(device, executor)
+        width, why = _lanes(task, model, data, strategy.batch_size, lanes, device)
         return cls(
             task=task,
             fleet=fleet,
@@ -142,6 +153,7 @@ class Training:
             executor=executor,
             lanes=width,
             lanes_note=why,
+            device=device,
             evaluate_every=evaluate_every,
             unit_blocks=None if unit_blocks is None else power_of_two(unit_blocks, "unit_blocks"),
             availability=Independent() if availability is None else availability,
@@ -160,11 +172,17 @@ class Training:
                 "shards": executor.share(shards),
                 "strategy": executor.share(strategy),
                 "shapes": executor.share(tuple(shape.trained for shape in shapes)),
+                "device": executor.share(device),
             },
             holders=holders,
             log=ClientLog(where, sizes.memory, layout.dtype) if sizes.memory and where is not None else None,
             scratch=scratch,
         )
+
+    @property
+    def needs(self) -> Needs:
+        """What a unit of training needs of its worker."""
+        return Needs(gpus=self.executor.gpus_per_worker if self.device == "cuda" else 0.0)
 
     def init(self) -> TrainState:
         """The state before the first round: a model that is a function of the seed."""
@@ -323,7 +341,16 @@ def _check_schedule(strategy: Strategy, communication: UploadSchedule, cohort: i
         )
 
 
-def _lanes(task: Task, model: nn.Module, data: Splits, batch_size: int, lanes: int | None) -> tuple[int, str]:
+def _check_device(device: str, executor: Executor) -> None:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda" and not (executor.gpus_per_worker > 0 or (isinstance(executor, SerialExecutor) and torch.cuda.is_available())):
+        raise CapacityError(
+            "training on device='cuda' needs workers with a GPU: RayExecutor(gpus_per_worker=...), or a GPU in this process"
+        )
+
+
+def _lanes(task: Task, model: nn.Module, data: Splits, batch_size: int, lanes: int | None, device: str) -> tuple[int, str]:
     """Width of the blocks, and where it was left to the rule and the rule says 1, why clients train one at a time."""
     batch = data.train.batch(np.arange(batch_size) % len(data.train))
     model.train()
@@ -331,7 +358,7 @@ def _lanes(task: Task, model: nn.Module, data: Splits, batch_size: int, lanes: i
         if power_of_two(lanes, "lanes") > 1 and (reason := why_not_batched(task, model, batch)) is not None:
             raise ValueError(f"this model cannot train as {lanes} lanes of one program ({reason}); use lanes=1") from reason
         return lanes, ""
-    chosen = lanes_for(task, model, batch)
+    chosen = lanes_for(task, model, batch, device)
     if chosen > 1:
         return chosen, ""
     reason = why_not_batched(task, model, batch)

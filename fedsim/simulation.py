@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class Simulation:
     ``rounds`` of training with ``strategy`` under the upload schedule ``communication``; submodels from ``deployment`` for
     devices that ``capacity`` measures, universal ones trained for ``recovery_rounds`` more; ``serving`` with
     ``monitoring`` and ``policy``, whose jobs queue for ``workers``. ``lanes`` is the width of batched client blocks
-    (``None``: by rule from the model). ``availability`` says when clients take part in training, ``deadline`` how long a round waits for them,
+    (``None``: by rule from the model), ``device`` where they train. ``availability`` says when clients take part in training, ``deadline`` how long a round waits for them,
     ``dropout`` how often one vanishes. Raises ``ValueError`` for parts that contradict each other.
     """
 
@@ -51,6 +51,7 @@ class Simulation:
     rounds: int = 50
     evaluate_every: int = 5
     lanes: int | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
     availability: Availability = field(default_factory=Independent)
     deadline: Deadline | None = None
     dropout: Dropout | None = None
@@ -69,6 +70,8 @@ class Simulation:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
         if self.recovery_rounds and self.deployment.calibration == "client":
             raise ValueError("recovery_rounds trains universal submodels and needs GISP(calibration='global'), got calibration='client'")
         if self.monitoring.calibration >= self.serving.ticks:
@@ -176,6 +179,7 @@ def train_steps(
         rounds=simulation.rounds,
         evaluate_every=simulation.evaluate_every,
         lanes=simulation.lanes,
+        device=simulation.device,
         availability=simulation.availability,
         deadline=simulation.deadline,
         dropout=simulation.dropout,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.lanes import LaneBlock, Rows
+from fedsim.mounted import Examples
 from fedsim.tasks.base import Dataset, Task
 
 _ANYWHERE = (nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Identity)
@@ -43,7 +44,7 @@ def _plain(module: nn.Module) -> bool:
 class StackedBlock(LaneBlock):
     """See :func:`is_stacked`, which must hold."""
 
-    def step(self, dataset: Dataset, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
+    def step(self, dataset: Examples, rows: Rows, index: int, active: NDArray[np.bool_] | None) -> Tensor:
         lanes, batch = self.width, rows.shape[1]
         inputs, targets = dataset.batch(rows[self._fill].T.reshape(-1))  # by example, then by lane
         logits = self._forward(inputs.view(batch, -1, *inputs.shape[2:]))

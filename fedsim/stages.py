@@ -18,7 +18,20 @@ from fedsim.parameters import Layout
 if TYPE_CHECKING:
     from fedsim.simulation import Simulation
 
-TRAIN = ("task", "fleet", "strategy", "communication", "rounds", "evaluate_every", "lanes", "availability", "deadline", "dropout", "seed")
+TRAIN = (
+    "task",
+    "fleet",
+    "strategy",
+    "communication",
+    "rounds",
+    "evaluate_every",
+    "lanes",
+    "device",
+    "availability",
+    "deadline",
+    "dropout",
+    "seed",
+)
 DEPLOY = ("deployment", "capacity", "recovery_rounds")
 
 

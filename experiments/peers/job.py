@@ -114,7 +114,7 @@ class Job:
         with torch.no_grad():
             return float(F.cross_entropy(model(torch.from_numpy(data.inputs)), torch.from_numpy(data.targets)))
 
-    def training(self, executor: Executor, lanes: int | None = None) -> Training:
+    def training(self, executor: Executor, lanes: int | None = None, device: Literal["cpu", "cuda"] = "cpu") -> Training:
         """The job on fedsim."""
         columns = dict.fromkeys(("flops", "memory", "up", "down"), np.full(self.clients, 1e9))
         return Training.prepare(
@@ -126,6 +126,7 @@ class Job:
             seed=self.seed,
             executor=executor,
             lanes=lanes,
+            device=device,
             evaluate_every=10**9,  # no engine reads the test split
         )
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from fedsim.communication import ErrorFeedback, FedSGD, TopK, Uniform
 from fedsim.dense import DenseBlock, is_dense
-from fedsim.errors import ClientError
+from fedsim.errors import CapacityError, ClientError
 from fedsim.fleet import Fleet
-from fedsim.lanes import LaneBlock, LoopBlock, for_loop, pooled_first
+from fedsim.lanes import LaneBlock, LoopBlock, for_loop, lanes_for, pooled_first
+from fedsim.mounted import Mounted, mounted
 from fedsim.parameters import Layout
 from fedsim.partition import Dirichlet
 from fedsim.randomness import torch_seeded
@@ -21,7 +22,7 @@ from fedsim.rounds import Training
 from fedsim.runtime import SerialExecutor
 from fedsim.stacked import StackedBlock, is_stacked
 from fedsim.strategies import FedAdam, FedAvg, FedAvgM, FedDyn, FedNova, FedProx, FedYogi, Scaffold
-from fedsim.tasks.base import Dataset, Splits, Task
+from fedsim.tasks.base import Batch, Dataset, Splits, Task
 
 # ---------------------------------------------------------------- one task, five families of models
 
@@ -111,7 +112,7 @@ RULES = {
 }
 
 
-def trained(family: str, rule: FedAvg, lanes: int, *, seed: int = 1, schedule=None, rounds: int = 3) -> np.ndarray:
+def trained(family: str, rule: FedAvg, lanes: int, *, seed: int = 1, schedule=None, rounds: int = 3, device: str = "cpu") -> np.ndarray:
     columns = dict.fromkeys(("flops", "memory", "up", "down"), np.full(16, 1e9))
     settings = {**rule.__dict__, "client_lr": 0.1, "cohort": 7, "local_steps": 6, "batch_size": 5}
     training = Training.prepare(
@@ -123,6 +124,7 @@ def trained(family: str, rule: FedAvg, lanes: int, *, seed: int = 1, schedule=No
         seed=seed,
         executor=SerialExecutor(),
         lanes=lanes,
+        device=device,
     )
     state = training.init()
     for _ in range(rounds):
@@ -235,7 +237,7 @@ def test_a_client_ends_with_the_same_bits_whether_or_not_others_idle(family, rul
 
 class Unpadded(StackedBlock):
     @staticmethod
-    def lanes_for(count: int, lanes: int) -> int:
+    def width_of(count: int, lanes: int) -> int:
         return count
 
 
@@ -247,6 +249,46 @@ def test_a_client_given_the_batches_of_another_ends_elsewhere():
     bench = Bench("perceptron", FedAvg(client_lr=0.1))
     a, b = bench.ends([1, 2])
     assert np.abs(a - b).max() > 1e-3
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("family", MODELS)
+def test_a_gpu_ends_where_the_processor_ends(family, rule):
+    expected = trained(family, rule, 1, rounds=2)
+    for lanes in (1, 4):
+        assert_allclose(trained(family, rule, lanes, rounds=2, device="cuda"), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_training_on_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(CapacityError, match="gpus_per_worker"):
+        trained("linear", FedAvg(), 1, device="cuda")
+    with pytest.raises(ValueError, match="'gpu'"):
+        trained("linear", FedAvg(), 1, device="gpu")
+
+
+@pytest.mark.parametrize("room", [0, 10**9])
+def test_mounted_examples_are_those_of_the_data_set(room):
+    data = Pictures().data().train
+    examples = Mounted(data, torch.device("cpu"), room)
+    for found, expected in zip(examples.batch([3, 7, 3]), data.batch([3, 7, 3]), strict=True):
+        assert_array_equal(found.numpy(), expected.numpy())
+        assert found.dtype == expected.dtype
+    with pytest.raises(IndexError, match="240"):
+        examples.batch([0, 240])
+    assert mounted(data, torch.device("cpu"), {}) is data
+
+
+def test_the_rule_for_widths_on_a_gpu_batches_large_pictures_too():
+    large = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 10))
+    batch = Batch(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))
+    assert lanes_for(Pictures(), large, batch) == 1
+    assert lanes_for(Pictures(), large, batch, "cuda") == 32
 
 
 # ---------------------------------------------------------------- what raises is named
