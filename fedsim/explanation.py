@@ -222,7 +222,7 @@ def _memory(simulation: "Simulation", training: Training, clients: int) -> dict[
         "model": training.layout.bytes,
         "data, here and once for all workers": sum(_bytes(part) for part in training.data),
         "fleet and shards": _bytes(simulation.fleet) + _bytes(training.shards) + (8 * num if kept else 0),
-        "watching the fleet": num * _bytes(simulation.monitoring.init(1)),
+        "watching the fleet": num * (_bytes(simulation.monitoring.init(1)) + 8 * simulation.monitoring.calibration),
         "each worker": _PROCESS + training.layout.bytes + _block_bytes(training),
     }
     return found | ({"what clients keep, on disk": 2 * kept * clients} if kept else {})

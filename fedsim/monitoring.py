@@ -15,8 +15,21 @@ POOLED = 0.9  # share of the fleet that must have been seen for a calibration be
 
 
 @dataclass(frozen=True, eq=False)
+class Taken:
+    """The ``losses`` (n,) of one tick of ``clients`` (n,), ascending, whose in-control law is being learnt."""
+
+    clients: NDArray[np.int32]
+    losses: Floats
+
+    def of(self, clients: Flags) -> "Taken":
+        """Those of the flagged ``clients`` (C,) alone."""
+        chosen = clients[self.clients]
+        return self if chosen.all() else Taken(self.clients[chosen], self.losses[chosen])
+
+
+@dataclass(frozen=True, eq=False)
 class MonitorState:
-    """``buffer`` (C, calibration) holds a client's losses while its in-control law is being learnt, ``filled`` (C,) how many.
+    """``taken`` holds what clients have shown while their in-control law is being learnt, tick by tick, ``filled`` (C,) how many losses each.
 
     ``needed`` (C,) is how many it waits for, 0 once the law stands. ``seen`` (C,) counts all its active ticks, ``quiet_at`` (C,) is the
     last tick at which its statistic was 0, and ``tick`` the one that comes next.
@@ -24,7 +37,7 @@ class MonitorState:
 
     tick: int
 
-    buffer: Floats
+    taken: tuple[Taken, ...]
     filled: NDArray[np.int64]
     needed: NDArray[np.int64]
     seen: NDArray[np.int64]
@@ -74,7 +87,7 @@ class Monitoring:
     def init(self, num_clients: int) -> MonitorState:
         return MonitorState(
             tick=0,
-            buffer=np.full((num_clients, self.calibration), np.nan),
+            taken=(),
             filled=np.zeros(num_clients, np.int64),
             needed=np.full(num_clients, self.calibration),
             seen=np.zeros(num_clients, np.int64),
@@ -112,6 +125,7 @@ class Monitoring:
         """Forget the in-control law of ``clients`` (C,), whose submodel changed, and learn it anew."""
         return replace(
             state,
+            taken=_without(state.taken, clients),
             filled=np.where(clients, 0, state.filled),
             needed=np.where(clients, self.recalibration, state.needed),
             quiet_at=np.where(clients, state.tick, state.quiet_at),
@@ -129,21 +143,43 @@ class Monitoring:
 
     def _learn(self, state: MonitorState, losses: Floats, learning: Flags) -> MonitorState:
         if learning.any():
-            buffer, rows = state.buffer.copy(), np.flatnonzero(learning)
-            buffer[rows, state.filled[rows]] = losses[rows]
-            state = replace(state, buffer=buffer, filled=state.filled + learning)
+            rows = np.flatnonzero(learning).astype(np.int32)
+            if state.taken and np.array_equal(rows, state.taken[-1].clients):
+                rows = state.taken[-1].clients  # held once while the same clients learn
+            state = replace(state, taken=(*state.taken, Taken(rows, losses[rows])), filled=state.filled + learning)
         done = (state.needed > 0) & (state.filled >= state.needed)
         return self._settle(state, done) if done.any() else state
 
     def _settle(self, state: MonitorState, done: Flags) -> MonitorState:
         """Give the clients of ``done`` (C,) their in-control law; the first time, together with the fleet's pooled shape."""
-        there = np.arange(self.calibration) < state.filled[:, None]
         if state.scores is not None:
+            losses, there = self._shown(state, done)
             width = int(state.filled[done].max())
-            scores = state.scores.refit(done, state.buffer[done, :width], there[done, :width])
+            scores = state.scores.refit(done, losses[:, :width], there[:, :width])
         elif (state.seen >= self.calibration).mean() >= POOLED:
-            scores = NormalScores(clip=self.clip).fit(np.where(there, state.buffer, 0.0), there)
+            losses, there = self._shown(state, np.ones(len(done), bool))
+            scores = NormalScores(clip=self.clip).fit(losses, there)
+            losses = losses[done]
         else:
             return state
-        means = np.where(there, state.buffer, 0.0).sum(axis=1) / np.maximum(state.filled, 1)
-        return replace(state, scores=scores, needed=np.where(done, 0, state.needed), reference=np.where(done, means, state.reference))
+        reference = state.reference.copy()
+        reference[done] = losses.sum(axis=1) / np.maximum(state.filled[done], 1)
+        return replace(state, scores=scores, taken=_without(state.taken, done), needed=np.where(done, 0, state.needed), reference=reference)
+
+    def _shown(self, state: MonitorState, clients: Flags) -> tuple[Floats, Flags]:
+        """The losses (n, calibration) of ``clients`` (C,) so far, in order of time, 0 where there is none yet; and where there is one."""
+        row = np.cumsum(clients) - 1
+        losses = np.zeros((int(clients.sum()), self.calibration))
+        filled = np.zeros(len(losses), np.int64)
+        for taken in state.taken:
+            some = taken.of(clients)
+            rows = row[some.clients]
+            losses[rows, filled[rows]] = some.losses
+            filled[rows] += 1
+        return losses, np.arange(self.calibration) < filled[:, None]
+
+
+def _without(log: tuple[Taken, ...], clients: Flags) -> tuple[Taken, ...]:
+    """``log`` without what ``clients`` (C,) have shown."""
+    left = (taken.of(~clients) for taken in log)
+    return tuple(taken for taken in left if len(taken.clients))

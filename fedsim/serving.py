@@ -1,23 +1,20 @@
 """Serving, tick by tick: test on the stream, watch, ask the policy, react on workers, redeploy.
 
 Streams do not depend on policies, and a client's submodel is fixed between redeployments. So losses are computed for whole
-blocks of ticks on the workers (one forward pass a client and block, whose shape the block alone decides) and remembered:
-policies that are compared share them, and the tick itself is array code over the fleet.
+blocks of ticks on the workers, and policies that are compared share them; the tick itself is array code over the fleet.
 """
 
 # C clients, T ticks of a block, B examples a tick
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fedsim import encoding
-from fedsim.errors import DivergedError
+from fedsim.lanes import lanes_for, why_not_batched
 from fedsim.monitoring import MonitorState
 from fedsim.policies import PolicyState, Proposal, TrueView, View
 from fedsim.pruning import Submodel
@@ -25,22 +22,24 @@ from fedsim.randomness import rng_for
 from fedsim.reactions import Job, Outcome, needs_labels, react
 from fedsim.records import Alarm, Event, Record, Redeployment, Rejected, Request, Started, Tick
 from fedsim.runtime.executor import Executor, Needs
+from fedsim.served import LANES, Ledger
+from fedsim.served import TICKS_PER_BLOCK as TICKS_PER_BLOCK
+from fedsim.served import Memo as Memo
+from fedsim.served import ServeUnit as ServeUnit
+from fedsim.served import serve_block as serve_block
 from fedsim.stream import Stream
-from fedsim.submodels import DenseModel, Deployed, Variant, dense_model
-from fedsim.tasks import Batch
+from fedsim.submodels import DenseModel, Deployed, Variant
 from fedsim.workers import Queue
 
 if TYPE_CHECKING:
     from fedsim.simulation import Simulation
 
-TICKS_PER_BLOCK = 25
-CLIENTS_PER_UNIT = 16
+MANY = 4096  # clients; fewer are served one at a time unless Serving says otherwise
 RECENT = 0.8  # weight of the past in the running mean of a client's loss
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
-Memo = dict[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,58 +70,14 @@ class ServingState:
     num_jobs: int
 
 
-@dataclass(frozen=True, eq=False)
-class ServeUnit:
-    """Clients (n,) to serve for the ticks ``first`` .. ``first + num - 1``, with a variant each."""
-
-    first: int
-    num: int
-    clients: tuple[int, ...]
-    variants: tuple[Variant, ...]
-
-
-def serve_block(unit: ServeUnit, shared: Mapping[str, Any], cache: MutableMapping[Any, Any]) -> Floats:
-    """Mean loss and accuracy a tick, (n, 2, T). Raises ``DivergedError`` naming the client whose loss is not finite (its "round" is the block's first tick)."""
-    dense, stream, task = dense_model(shared, cache), shared["stream"], shared["task"]
-    results = np.empty((len(unit.clients), 2, unit.num))
-    for row, (client, variant) in enumerate(zip(unit.clients, unit.variants, strict=True)):
-        model = _Once(dense.cached_slice(variant, cache))
-        inputs, targets = stream.draw(client, unit.first, unit.num)
-        batch = Batch(torch.from_numpy(inputs.reshape(-1, *inputs.shape[2:])), torch.from_numpy(targets.reshape(-1, *targets.shape[2:])))
-        with torch.no_grad():
-            figures = torch.stack([task.losses(model, batch), task.correct(model, batch)]).double().numpy()
-        results[row] = figures.reshape(2, unit.num, -1).mean(axis=2)
-        if not np.isfinite(results[row, 0]).all():
-            raise DivergedError("the loss of a served batch is not finite", client=client, round=unit.first)
-    return results
-
-
-class _Once(nn.Module):
-    """``model``, asked once for each input although loss and accuracy both need its output."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.seen: tuple[torch.Tensor, Any] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # a task may reach for parts of its model
-            return getattr(super().__getattr__("model"), name)
-
-    def forward(self, inputs: torch.Tensor) -> Any:
-        if self.seen is None or self.seen[0] is not inputs:
-            self.seen = inputs, self.model(inputs)
-        return self.seen[1]
-
-
 class Server:
     """Serves one simulation; holds what never changes, while :meth:`step` hands states along."""
 
-    def __init__(self, simulation: "Simulation", stream: Stream, dense: DenseModel, deployed: Deployed, executor: Executor, memo: Memo):
+    def __init__(
+        self, simulation: "Simulation", stream: Stream, dense: DenseModel, deployed: Deployed, executor: Executor, memo: Memo | None
+    ):
         self.simulation, self.stream, self.dense, self.deployed = simulation, stream, dense, deployed
-        self.executor, self.memo = executor, memo
+        self.executor, self.memo = executor, {} if memo is None else memo
         self.num_clients = len(simulation.fleet)
         self.whole = Variant(Submodel.dense(dense.smap))
         gisp = simulation.deployment
@@ -134,6 +89,17 @@ class Server:
             "model": dense.digest,
         }
         self.world = encoding.digest(dense.digest, simulation.serving, simulation.fleet, gisp, simulation.seed)
+        self.ledger = Ledger(
+            executor,
+            self.shared,
+            self.whole,
+            self.num_clients,
+            ticks=simulation.serving.ticks,
+            batch=simulation.serving.batch,
+            lanes=_lanes(simulation, dense),
+            memo=memo,
+            world=self.world,
+        )
 
     @classmethod
     def prepare(
@@ -145,9 +111,9 @@ class Server:
         executor: Executor,
         memo: Memo | None,
     ) -> "Server":
-        """``memo`` keeps losses by content, so runs in the same world share it."""
+        """``memo`` keeps losses by content, so runs in the same world share it; without one only the last block's are held."""
         dense = DenseModel.of(simulation.task, params, simulation.deployment)
-        return cls(simulation, stream, dense, deployed, executor, {} if memo is None else memo)
+        return cls(simulation, stream, dense, deployed, executor, memo)
 
     def init(self) -> ServingState:
         """The fleet before the first tick."""
@@ -189,25 +155,9 @@ class Server:
     def _losses(self, state: ServingState, active: Flags) -> tuple[Floats, Floats, Floats, Floats]:
         """Loss and accuracy (C,) of the deployed and of the dense model at this tick; ``nan`` where a client is not active."""
         clients = np.flatnonzero(active)
-        served = self._figures(clients, [state.variants[v] for v in state.variant[clients]], state.tick)
-        whole = self._figures(clients, [self.whole] * len(clients), state.tick)
         columns = np.full((4, self.num_clients), np.nan)
-        columns[:2, clients], columns[2:, clients] = served.T, whole.T
+        columns[:, clients] = self.ledger.at(state.tick, clients, state.variants, state.variant[clients]).reshape(4, -1)
         return columns[0], columns[1], columns[2], columns[3]
-
-    def _figures(self, clients: Ints, variants: Sequence[Variant], tick: int) -> Floats:
-        """Loss and accuracy (n, 2) of each client with its variant at ``tick``, from the block that holds the tick."""
-        block, at = divmod(tick, TICKS_PER_BLOCK)
-        keys = [(self.world, int(c), v.digest, block) for c, v in zip(clients, variants, strict=True)]
-        missing = [i for i, key in enumerate(keys) if key not in self.memo]
-        if missing:
-            first = block * TICKS_PER_BLOCK
-            num = min(TICKS_PER_BLOCK, self.simulation.serving.ticks - first)
-            chunks = [missing[i : i + CLIENTS_PER_UNIT] for i in range(0, len(missing), CLIENTS_PER_UNIT)]
-            units = [ServeUnit(first, num, tuple(int(clients[i]) for i in c), tuple(variants[i] for i in c)) for c in chunks]
-            for chunk, figures in zip(chunks, self.executor.map(serve_block, units, self.shared), strict=True):
-                self.memo.update((keys[i], row) for i, row in zip(chunk, figures, strict=True))
-        return np.stack([self.memo[key][:, at] for key in keys]) if keys else np.empty((0, 2))
 
     def _watch(self, state: ServingState, losses: Floats, active: Flags) -> tuple[ServingState, Flags, Floats, list[Event]]:
         """One detector step for the fleet: alarms, and statistics before those that alarmed restart, ``nan`` for clients that could not alarm:
@@ -369,6 +319,18 @@ class Server:
         pending = tuple(p for p in state.pending if p.deploys != state.tick)
         variant, kept = _compact(variant, variants)
         return replace(state, variant=variant, variants=kept, monitor=monitor, pending=pending), events
+
+
+def _lanes(simulation: "Simulation", dense: DenseModel) -> int:
+    """How many clients of one submodel are served as one program. Raises ``ValueError`` for a model that cannot be."""
+    wanted, task = simulation.serving.lanes, simulation.task
+    batch = task.data().test.batch([0] * 2)
+    if wanted is None:
+        many = len(simulation.fleet) >= MANY and simulation.deployment.calibration == "global"
+        return LANES if many and lanes_for(task, dense.module, batch) > 1 else 1
+    if wanted > 1 and (reason := why_not_batched(task, dense.module, batch)) is not None:
+        raise ValueError(f"this model cannot be served as {wanted} lanes of one program ({reason}); use Serving(lanes=1)") from reason
+    return wanted
 
 
 def _verdict(pending: Pending, outcome: Outcome, tick: int) -> Event:

@@ -2,12 +2,11 @@
 
 Nothing a policy does can reach a stream, so policies are compared on identical examples.
 
-Exports: Activity, All, Bernoulli, Laws, Sampled, Serving, Stream.
+Exports: Laws, Serving, Stream, and the activities of :mod:`fedsim.activity`.
 """
 
 # C clients, N test examples, K cells, V values of the partition's key, J drifts, T ticks, B examples a tick
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,9 +15,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedsim.activity import Activity as Activity
+from fedsim.activity import All as All
+from fedsim.activity import Bernoulli as Bernoulli
+from fedsim.activity import Sampled as Sampled
 from fedsim.drift import Cells, Change, Draws, Drift, DriftSchedule
 from fedsim.fleet import Fleet
 from fedsim.randomness import rng_for, uniforms
+from fedsim.runtime.batching import power_of_two
 from fedsim.sampling import ranks
 from fedsim.shards import Shards
 from fedsim.tasks import Dataset, Task
@@ -27,60 +31,13 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-class Activity(ABC):
-    """Which clients are active at a tick; depends on the seed and the tick alone."""
-
-    @abstractmethod
-    def active(self, tick: int, num_clients: int, seed: int) -> NDArray[np.bool_]:
-        """Flags (C,)."""
-
-
-@dataclass(frozen=True)
-class All(Activity):
-    """Every client at every tick."""
-
-    def active(self, tick: int, num_clients: int, seed: int) -> NDArray[np.bool_]:
-        return np.ones(num_clients, bool)
-
-
-@dataclass(frozen=True)
-class Sampled(Activity):
-    """Exactly ``num`` clients, without replacement."""
-
-    num: int
-
-    def __post_init__(self) -> None:
-        if self.num < 1:
-            raise ValueError(f"num must be at least 1 client, got {self.num!r}")
-
-    def active(self, tick: int, num_clients: int, seed: int) -> NDArray[np.bool_]:
-        if self.num > num_clients:
-            raise ValueError(f"Sampled asks for {self.num} active clients, but the fleet has {num_clients}")
-        order = np.argsort(_coins(tick, num_clients, seed), kind="stable")
-        flags = np.zeros(num_clients, bool)
-        flags[order[: self.num]] = True
-        return flags
-
-
-@dataclass(frozen=True)
-class Bernoulli(Activity):
-    """Each client with probability ``p``, independently."""
-
-    p: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.p <= 1:
-            raise ValueError(f"p must lie in (0, 1], got {self.p!r}")
-
-    def active(self, tick: int, num_clients: int, seed: int) -> NDArray[np.bool_]:
-        return _coins(tick, num_clients, seed) < self.p
-
-
 @dataclass(frozen=True, kw_only=True)
 class Serving:
     """The time after deployment: ``ticks`` ticks in which each active client meets ``batch`` examples, under ``drift``.
 
-    ``labels="immediate"``: an example's label arrives in its own tick. Raises ``ValueError`` naming a field out of range.
+    ``labels="immediate"``: an example's label arrives in its own tick. ``lanes``: how many clients of one submodel are evaluated as one
+    program, a power of two; ``None``: 1 for fleets below 4,096 and for submodels of each client's own, else 256 where the model allows it.
+    Raises ``ValueError`` naming a field out of range.
     """
 
     ticks: int = 500
@@ -88,6 +45,7 @@ class Serving:
     drift: Drift | tuple[Drift, ...] = ()
     labels: Literal["immediate"] = "immediate"
     activity: Activity = field(default_factory=All)
+    lanes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("ticks", "batch"):
@@ -101,6 +59,8 @@ class Serving:
             raise ValueError(f"labels must be 'immediate', got {self.labels!r}")
         if not isinstance(self.activity, Activity):
             raise ValueError(f"activity must be All(), Sampled(num) or Bernoulli(p), got {self.activity!r}")
+        if self.lanes is not None:
+            power_of_two(self.lanes, "lanes")
 
     @property
     def drifts(self) -> tuple[Drift, ...]:
@@ -350,7 +310,3 @@ class Stream:
     def _share_of_value(self) -> Floats:
         """Share (K,) of each cell among the examples of its partition value."""
         return self.cells.counts / np.bincount(self._value_of_cell, self.cells.counts)[self._value_of_cell]
-
-
-def _coins(tick: int, num_clients: int, seed: int) -> Floats:
-    return uniforms(seed, "active", np.arange(num_clients), tick, 1)[:, 0]

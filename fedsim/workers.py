@@ -3,6 +3,7 @@
 All times are ticks. A queue is a value; nothing here reads a clock.
 """
 
+from bisect import insort
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
@@ -90,7 +91,9 @@ class Workers:
             if start > tick:
                 break
             taken.append(Assignment(job=ticket.job, start=start, finish=start + ticket.service))
-            busy = sorted([*busy[full:], start + ticket.service])
+            if full:
+                del busy[0]
+            insort(busy, start + ticket.service)
         still_busy = tuple(finish for finish in busy if finish > tick)
         return Queue(waiting=queue.waiting[len(taken) :], busy_until=still_busy), tuple(taken)
 

@@ -110,21 +110,25 @@ def column(table: Any, name: str) -> NDArray[Any]:
 def tabulate(records: Iterable[Record]) -> dict[str, dict[str, NDArray[Any]]]:
     """Columns of every table that ``records`` add rows to: what one part file of each table holds."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
+    events: list[Event] = []
     for record in records:
-        for table, columns in _rows(record):
-            rows.setdefault(table, []).append(columns)
+        if isinstance(record, Event):
+            events.append(record)
+        else:
+            for table, columns in _rows(record):
+                rows.setdefault(table, []).append(columns)
+    if events:
+        rows["events"] = [{name: np.array([getattr(e, name) for e in events]) for name in SCHEMAS["events"].names}]
     return {table: _concatenated(table, parts) for table, parts in rows.items()}
 
 
-def _rows(record: Record) -> list[tuple[str, Mapping[str, Any]]]:
+def _rows(record: Round | Deployment | Tick) -> list[tuple[str, Mapping[str, Any]]]:
     if isinstance(record, Round):
         scalars = {name: getattr(record, name) for name in SCHEMAS["rounds"].names}
         return [("rounds", scalars), ("clients", {"round": record.round, **record.clients})]
     if isinstance(record, Tick):
         return [("ticks", {"tick": record.tick, **record.clients})]
-    if isinstance(record, Deployment):
-        return [("deployments", record.clients)]
-    return [("events", {name: getattr(record, name) for name in SCHEMAS["events"].names})]
+    return [("deployments", record.clients)]
 
 
 def _concatenated(table: str, parts: list[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
@@ -137,7 +141,7 @@ def _column(table: str, field: Any, values: NDArray[Any]) -> Any:
     if values.dtype.kind not in kinds and values.size:
         raise ValueError(f"column {field.name!r} of table {table!r} holds {field.type}, got {values.dtype}")
     if field.type == _TEXT:
-        return pa.array(values.tolist(), _TEXT)
+        return pa.array(values if values.dtype.kind == "U" else values.tolist(), _TEXT)
     return pa.array(np.ascontiguousarray(values, np.int64 if field.type == _INT else np.float64))
 
 

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 import fedsim as fs
-from detection import CUSUM, RobustScoreCUSUM
+from detection import CUSUM, NormalScores, RobustScoreCUSUM
 from detection.evaluation import average_run_length
+from fedsim import encoding
 
 
 def losses(rng, clients, ticks, *, shift=0.0):
@@ -128,3 +129,50 @@ def test_an_infinite_loss_alarms_while_the_law_is_still_learnt_and_is_not_learnt
     assert monitoring.watched(state).all()
     with pytest.raises(ValueError, match="client 2 at tick 12 is nan"):
         monitoring.step(state, np.array([0.5, 0.6, np.nan]), np.ones(3, bool))
+
+
+def test_laws_are_those_of_the_losses_each_client_showed_while_it_learnt():
+    """Against a plain loop that keeps every client's losses in a list, with clients that are inactive, broken, or start anew."""
+    rng, monitoring, num = np.random.default_rng(6), fs.Monitoring(arl=1_000, calibration=30, recalibration=20), 25
+    state, shown, fitted = monitoring.init(num), [[] for _ in range(num)], None
+    for tick in range(140):
+        active, values = rng.random(num) < 0.9, losses(rng, num, 1)[:, 0]
+        values[tick % num] = np.inf if tick % 9 == 0 else values[tick % num]
+        learning = active & np.isfinite(values) & (np.array([len(s) for s in shown]) < state.needed)
+        for client in np.flatnonzero(learning):
+            shown[client].append(values[client])
+        wanted = state.needed
+        state, _ = monitoring.step(state, values, active)
+        done = (state.needed == 0) & (wanted > 0)
+        if done.any():
+            table = np.zeros((num, 30))
+            for client in range(num):
+                table[client, : len(shown[client])] = shown[client]
+            there = np.arange(30) < np.array([[len(s)] for s in shown])
+            if fitted is None:
+                fitted = NormalScores(clip=4.0).fit(table, there)
+            else:
+                width = max(len(shown[c]) for c in np.flatnonzero(done))
+                fitted = fitted.refit(done, table[done, :width], there[done, :width])
+            for client in np.flatnonzero(done):
+                np.testing.assert_allclose(state.reference[client], np.mean(shown[client]))
+                shown[client] = []
+        if fitted is not None:
+            np.testing.assert_array_equal(state.scores.location, fitted.location)
+            np.testing.assert_array_equal(state.scores.deviation, fitted.deviation)
+        if tick > 50 and tick % 10 == 0:
+            changed = rng.random(num) < 0.3
+            shown = [[] if c else s for c, s in zip(changed, shown, strict=True)]
+            state = monitoring.relearn(state, changed)
+    assert fitted is not None
+    assert sum(len(taken.clients) for taken in state.taken) == sum(map(len, shown))
+
+
+def test_a_state_with_clients_that_learn_survives_encoding():
+    rng, monitoring = np.random.default_rng(7), fs.Monitoring(calibration=20, recalibration=20)
+    state, _ = watch(monitoring, losses(rng, 10, 12))
+    back = encoding.decode(*encoding.encode(state), trusted=("fedsim", "detection"))
+    stream = losses(rng, 10, 20)
+    (one, first), (two, again) = watch(monitoring, stream, state), watch(monitoring, stream, back)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(one.scores.location, two.scores.location)

@@ -6,7 +6,22 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
 from fedsim import encoding
-from fedsim.drift import At, ClassPrior, Clients, DomainSwitch, Drift, GaussianNoise, Gradual, Invert, LabelSwap, Rotation
+from fedsim.drift import (
+    At,
+    ClassPrior,
+    Clients,
+    Contrast,
+    DomainSwitch,
+    Drift,
+    GaussianBlur,
+    GaussianNoise,
+    Gradual,
+    Incremental,
+    Invert,
+    LabelNoise,
+    LabelSwap,
+    Rotation,
+)
 from fedsim.fleet import Fleet
 from fedsim.partition import IID, ByKey, Dirichlet
 from fedsim.stream import All, Bernoulli, Laws, Sampled, Serving, Stream
@@ -200,3 +215,30 @@ def test_serving_survives_encoding():
     serving = Serving(ticks=9, drift=Drift(DomainSwitch(), start=At(2), clients=0.3), activity=Sampled(3))
     assert encoding.decode(*encoding.encode(serving)) == serving
     assert serving == Serving(ticks=9, drift=(Drift(DomainSwitch(), at=2, clients=0.3),), activity=Sampled(3))
+
+
+@pytest.mark.parametrize("partition", [IID(), Dirichlet(alpha=0.3, by="domain"), ByKey("domain")], ids=repr)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_draws_of_many_clients_are_those_of_each_alone(partition, batch):
+    pictures = [Drift(c, at=8, clients=0.5, onset=Gradual(6)) for c in (Rotation(30), Invert(), GaussianBlur(0.8), Contrast(0.5))]
+    stream = stream_of(partition, *ALL_DRIFTS, Drift(LabelNoise(0.5), at=3, onset=Incremental(9)), *pictures, batch=batch)
+    clients, ticks = np.array([4, 11, 0, 7, 3]), np.array([3, 30, 9, 12])
+    inputs, targets = stream.draw_many(clients, ticks)
+    for row, client in enumerate(clients):
+        alone = stream.draw_at(int(client), ticks)
+        assert_array_equal(inputs[row], alone[0])
+        assert_array_equal(targets[row], alone[1])
+    assert not np.array_equal(inputs[0], inputs[1])
+
+
+def test_changes_of_clients_alike_are_found_once_and_are_each_client_s_own():
+    drifts = (Drift(LabelSwap(pairs=((0, 1),)), at=9, clients=0.7), Drift(Rotation(0), at=2), Drift(Invert(), at=4, clients=0.5))
+    stream = stream_of(Dirichlet(alpha=0.02), *drifts, num=40)
+    changes = [s.drift.change for s in stream.schedules]
+    for client in range(40):
+        law = stream.law(client)
+        for j, schedule in enumerate(stream.schedules):
+            hit = schedule.nu[client] >= 0 and changes[j].alters(law, stream.cells, np.random.default_rng(0))
+            assert stream.changes[client, j] == (schedule.nu[client] if hit else -1)
+    assert (stream.changes[:, 1] == -1).all()
+    assert len(np.unique(stream.changes[:, 0])) == 2
