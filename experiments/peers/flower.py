@@ -1,7 +1,7 @@
 """The job on Flower's simulation engine (Ray backend): ``python -m experiments.peers.flower JOB ROUNDS OUT``.
 
-Written against the message interface with nothing but what the job needs: no evaluation, one message a client and round, nodes asked once
-which client they are, so that cohorts and batches are those of every other engine.
+Written against the message interface with nothing but what the job needs: no evaluation, one message a client and round, which says which
+client the node is to be, because nodes come in an order of their own: so cohorts and batches are those of every other engine.
 """
 
 import json
@@ -33,15 +33,14 @@ def main(name: str, rounds: int, out: str) -> None:
     def serve(grid: Grid, context: Context) -> None:
         while len(nodes := list(grid.get_node_ids())) < job.clients:
             time.sleep(0.05)
-        asked = [Message(RecordDict(), node, "query") for node in nodes]
-        node_of = {int(r.content["who"]["client"]): r.metadata.src_node_id for r in grid.send_and_receive(asked)}
         module = job.task.build(job.seed)
         values = [p.detach().numpy() for p in module.parameters()]
         seconds = []
         for r in range(rounds):
             start = time.perf_counter()
-            content = RecordDict({"model": ArrayRecord(values), "config": ConfigRecord({"round": r})})
-            replies = grid.send_and_receive([Message(content, node_of[c], "train") for c in job.cohort_of(r).tolist()])
+            model = ArrayRecord(values)
+            told = {c: RecordDict({"model": model, "config": ConfigRecord({"round": r, "client": c})}) for c in job.cohort_of(r).tolist()}
+            replies = grid.send_and_receive([Message(content, nodes[c], "train") for c, content in told.items()])
             arrived = [reply.content["model"].to_numpy_ndarrays() for reply in replies]
             values = [np.mean(parts, axis=0) for parts in zip(*arrived, strict=True)]
             seconds.append(time.perf_counter() - start)

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -28,17 +28,10 @@ def model() -> nn.Module:
     return job().task.build(job().seed).train()
 
 
-@app.query()  # type: ignore[untyped-decorator]
-def which(message: Message, context: Context) -> Message:
-    """Which client this node is."""
-    record = ConfigRecord({"client": int(context.node_config["partition-id"])})
-    return Message(RecordDict({"who": record}), reply_to=message)
-
-
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Local SGD on the job's batches of this round."""
-    client, round = int(context.node_config["partition-id"]), int(message.content["config"]["round"])
+    client, round = (int(message.content["config"][name]) for name in ("client", "round"))
     data, module = job().task.data().train, model()
     parameters = list(module.parameters())
     with torch.no_grad():

@@ -1,10 +1,8 @@
 """The perceptron job on pfl-research, whose requirements need an environment of their own."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,12 +24,12 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def run(job: Job, rounds: int, python: Path, scratch: Path) -> dict[str, Any]:
-    """Seconds of each round, seconds in all and the test loss."""
+def command(job: Job, rounds: int, python: Path, scratch: Path) -> list[str]:
+    """The command of the job under pfl's ``python``; it wants one more argument, the file for its findings. What it reads lies in ``scratch``."""
     cohorts = np.stack([job.cohort_of(r) for r in range(rounds)])
     orders = np.stack([job.order(r, clients).reshape(len(clients), -1) for r, clients in enumerate(cohorts)])
     data, sizes = job.task.data(), [p.numel() for p in job.task.build(job.seed).parameters()]
-    given, found = scratch / "pfl.npz", scratch / "pfl.json"
+    given = scratch / "pfl.npz"
     np.savez(
         given,
         inputs=data.train.inputs,
@@ -45,6 +43,4 @@ def run(job: Job, rounds: int, python: Path, scratch: Path) -> dict[str, Any]:
         batch=job.batch,
         rate=job.rate,
     )
-    subprocess.run([python, SCRIPT, given, found], check=True, capture_output=True)
-    result: dict[str, Any] = json.loads(found.read_text())
-    return result
+    return [str(python), str(SCRIPT), str(given)]
