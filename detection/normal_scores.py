@@ -57,7 +57,11 @@ class NormalScores:
         counts = observed.sum(axis=1)
         prior = _prior(location, deviation, counts)
         location, deviation = prior.shrunk(location, deviation, counts)
-        residuals = np.sort(((y - location[:, None]) / deviation[:, None])[observed])
+        y -= location[:, None]
+        y /= deviation[:, None]
+        residuals = y[observed]
+        del y  # a fleet's losses are large
+        residuals.sort()
         return FittedScores(
             config=self,
             prior=prior,
@@ -223,8 +227,10 @@ def _moments(y: Array, observed: Mask, *, robust: bool) -> tuple[Array, Array, N
     if robust:
         return _robust_moments(y, observed)
     location = y.sum(axis=1) / np.maximum(counts, 1)
-    square = (np.where(observed, y - location[:, None], 0.0) ** 2).sum(axis=1)
-    return location, np.sqrt(square / np.maximum(counts - 1, 1)), np.zeros(len(y), dtype=np.int64)
+    y -= location[:, None]
+    y[~observed] = 0.0
+    y *= y
+    return location, np.sqrt(y.sum(axis=1) / np.maximum(counts - 1, 1)), np.zeros(len(y), dtype=np.int64)
 
 
 def _robust_moments(y: Array, observed: Mask) -> tuple[Array, Array, NDArray[np.int64]]:
