@@ -3,6 +3,10 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedsim.runtime.executor import Executor
 
 ENGINES = ("loop", "by-hand", "fedsim", "fedsim-ray")
 
@@ -25,11 +29,20 @@ def main(engine: str, name: str, rounds: int, out: str) -> None:
         seconds, params = by_hand.run_torch(job, rounds)
     else:
         from experiments.peers import ours
-        from fedsim.runtime import RayExecutor, SerialExecutor
 
-        with RayExecutor(workers=2) if engine == "fedsim-ray" else SerialExecutor() as executor:
+        with _executor(engine) as executor:
             seconds, params = ours.run(job, rounds, executor)
     Path(out).write_text(json.dumps({"seconds": seconds, "loss": job.test_loss(params)}))
+
+
+def _executor(engine: str) -> "Executor":
+    if engine == "fedsim-ray":
+        from fedsim.runtime import RayExecutor
+
+        return RayExecutor(workers=2)
+    from fedsim.runtime import SerialExecutor
+
+    return SerialExecutor()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The worker's side: a process that lives long, keeps a cache and the shared values it has unpacked, and runs units one after another."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -11,6 +12,7 @@ from fedsim.runtime.executor import Recent
 from fedsim.runtime.sending import Pickle, sendable
 
 KEPT_JOBS = 4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,7 @@ class Actor:
         import torch
 
         torch.set_num_threads(1)
+        _keep_freed_memory()
         self._fetch, self._pickle = fetch, pickle
         self._cache = Recent()
         self._jobs = 0
@@ -65,6 +68,16 @@ class Actor:
         value = self._values[reference][1] if reference in self._values else self._fetch(reference)
         self._values[reference] = self._jobs, value
         return value
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc, where it is the allocator, keep up to 256 MiB of what a unit frees: given back, every page of it would be faulted in again by the next."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another allocator, another system
+        return
+    mallopt(_TRIM_THRESHOLD, 256 * 2**20)
+    mallopt(_MMAP_THRESHOLD, 32 * 2**20)
 
 
 def _peak() -> int:

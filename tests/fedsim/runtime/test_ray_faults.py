@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedsim.communication import DynamicFL
 from fedsim.encoding import digest
@@ -141,6 +142,25 @@ def test_shared_arrays_arrive_read_only_and_are_unpacked_once(two):
     handle = two.share({"x": np.ones(10)}["x"])
     for _ in range(2):
         assert two.map(properties, list(range(6)), {"array": handle}) == [(False, 10.0, True)] * 6
+
+
+def filled(unit, shared, cache):
+    """Pages faulted in while arrays of 8 MB come and go, four at a time, eight times."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        held = [torch.full((2_000_000,), float(i)) for i in range(4)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_a_worker_keeps_the_memory_that_units_free_for_the_next():
+    with RayExecutor(workers=1) as executor:
+        _, *later = executor.map(filled, range(3), {})
+    four = 4 * 8_000_000 // 4096
+    assert max(later) < 2 * four, "given back, they would be faulted in eight times"
 
 
 def test_an_empty_map_is_empty(two):
