@@ -125,7 +125,8 @@ class RayExecutor:
 
     def _start(self, gpus: float, job: list[Any] | None = None) -> "_Worker":
         """In the background. One that replaces another unpacks its ``job`` before it counts as started."""
-        kind = ray.remote(max_restarts=0, max_task_retries=0, num_cpus=1, num_gpus=gpus)(_Actor)
+        options = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": 1, "num_gpus": gpus}
+        kind = ray.remote(**options, enable_task_events=False)(_Actor)  # the record of every call would fill the workers' memory
         try:
             actor = kind.remote(gpus, self._setup)
         except _UNPICKLABLE as error:
