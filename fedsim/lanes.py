@@ -167,13 +167,25 @@ def pooled_first(task: Task, model: nn.Module) -> nn.Module:
 
 
 class LoopBlock(Block):
-    """One client on its own, in a model of :func:`for_loop`; ``seed`` and ``round`` decide what dropout and the like draw, step by step."""
+    """One client on its own, in the parameters of a ``model`` of :func:`for_loop`, by a ``program`` that computes the same function with them.
+
+    ``seed`` and ``round`` decide what dropout and the like draw, step by step.
+    """
 
     def __init__(
-        self, task: Task, model: nn.Module, strategy: Strategy, layout: Layout, client: int, carry: Vector | None, seed: int, round: int
+        self,
+        task: Task,
+        model: nn.Module,
+        program: nn.Module,
+        strategy: Strategy,
+        layout: Layout,
+        client: int,
+        carry: Vector | None,
+        seed: int,
+        round: int,
     ):
         super().__init__(strategy, layout, np.array([client]), carry)
-        self.task, self.model = task, pooled_first(task, model)
+        self.task, self.model = task, program
         self._draws = int(rng_for(seed, "local", client, round).integers(1 << 62))
         parameters = dict(model.named_parameters())
         self.weights = [parameters[name] for name in layout.names]

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedsim.dense import DenseBlock, is_dense
 from fedsim.errors import ClientError, DivergedError, FedsimError
-from fedsim.lanes import Block, LaneBlock, LoopBlock, StepError, for_loop
+from fedsim.lanes import Block, LaneBlock, LoopBlock, StepError, for_loop, pooled_first
 from fedsim.mounted import Examples, mounted
 from fedsim.parameters import Layout
 from fedsim.randomness import permutations
@@ -155,11 +155,12 @@ def _team(unit: Unit, task: Task, shared: Mapping[str, Any], cache: MutableMappi
     """The unit's blocks, each with its part of the unit's clients."""
     strategy = shared["strategy"]
     model, layout = _model(unit, task, torch.device(shared.get("device", "cpu")), cache)
+    program = pooled_first(task, model) if unit.lanes == 1 else model
     team: list[tuple[slice, Block]] = []
     for low, high in blocks(len(unit.clients), unit.lanes):
         clients, carry = unit.clients[low:high], None if unit.carry is None else unit.carry[low:high]
         if unit.lanes == 1:
-            block: Block = LoopBlock(task, model, strategy, layout, int(clients[0]), carry, unit.seed, int(unit.draws[low]))
+            block: Block = LoopBlock(task, model, program, strategy, layout, int(clients[0]), carry, unit.seed, int(unit.draws[low]))
         else:
             block = _lane_block(task, model, shared["train"])(task, model, strategy, layout, clients, carry, unit.lanes)
         team.append((slice(low, high), block))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.lanes import LoopBlock, for_loop
+from fedsim.lanes import LoopBlock, for_loop, pooled_first
 from fedsim.parameters import Layout
 from fedsim.retracing import Part, Retraced, taken_apart
 from fedsim.runs.run import Run
@@ -109,7 +109,10 @@ class _Watched(LoopBlock):
     def of(cls, part: Part) -> "_Watched":
         unit, task = part.unit, part.shared["shapes"][part.unit.shape].task
         model = for_loop(task.build(unit.seed).train())
-        return cls(task, model, part.shared["strategy"], Layout.of(model), int(unit.clients[0]), None, unit.seed, int(unit.draws[0]))
+        program = pooled_first(task, model)
+        return cls(
+            task, model, program, part.shared["strategy"], Layout.of(model), int(unit.clients[0]), None, unit.seed, int(unit.draws[0])
+        )
 
     def _descend(self, gradients: Sequence[Tensor], active: Tensor | None, lanes: bool) -> None:
         self.norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))

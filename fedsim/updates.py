@@ -107,6 +107,8 @@ def fold(rows: Vector, weights: NDArray[np.float64]) -> Partial:
     """The node over whole updates ``rows`` (n, P): their weighted sum along the fixed tree; half precision is summed in single."""
     dtype = fold_dtype(rows.dtype)
     rows, shares, paired = rows.astype(dtype, copy=False), weights.astype(dtype)[:, None], len(rows) & ~1
+    if len(rows) == 1:
+        return Partial(rows[0] * shares[0], float(weights[0]))
     level = rows[0:paired:2] * shares[0:paired:2]
     level += rows[1:paired:2] * shares[1:paired:2]  # the leaves and the first sums in one pass over half the memory
     if paired < len(rows):

@@ -365,6 +365,6 @@ def test_a_model_that_somebody_looks_into_stays_as_it_is():
 def test_the_loop_leaves_the_names_of_the_parameters_alone():
     task = Pictures("pools")
     model = for_loop(task.build(0))
-    block = LoopBlock(task, model, FedAvg(), Layout.of(model), 0, None, 0, 0)
+    block = LoopBlock(task, model, pooled_first(task, model), FedAvg(), Layout.of(model), 0, None, 0, 0)
     assert [tuple(w.shape) for w in block.weights] == [tuple(p.shape) for p in model.parameters()]
     assert {id(p) for p in block.model.parameters()} == {id(p) for p in model.parameters()}

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fedsim as fs
+from fedsim.encoding import digest
 from fedsim.errors import CapacityError
 from fedsim.runs.schema import column
+from fedsim.stages import Origin, train_digest
 
 spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(spec)
@@ -105,6 +108,18 @@ def test_parts_that_contradict_each_other_are_refused():
         tiny.simulation(serving=fs.Serving(ticks=20))
     with pytest.raises(ValueError, match="recovery_rounds trains universal submodels"):
         tiny.simulation(recovery_rounds=1)
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'tpu'"):
+        tiny.simulation(device="tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_training_on_a_gpu_is_part_of_what_a_run_is_and_is_refused_where_there_is_none(tmp_path):
+    there = tiny.simulation(device="cuda", rounds=1)
+    assert digest(there) != digest(tiny.simulation(rounds=1))
+    origin = Origin.of(there, gpu=False)
+    assert train_digest(there, origin) != train_digest(tiny.simulation(rounds=1), origin)
+    with pytest.raises(CapacityError, match="gpus_per_worker"):
+        fs.simulate(there, tmp_path, executor=fs.SerialExecutor(), progress=False)
 
 
 def test_recovered_universal_submodels_serve_with_their_own_weights(tmp_path):

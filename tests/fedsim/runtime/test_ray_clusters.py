@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import fedsim as fs
 from fedsim.encoding import digest
 from fedsim.errors import CapacityError
 from fedsim.rounds import Training
+from fedsim.runtime import Needs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -137,6 +139,32 @@ def _free_port():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return held.getsockname()[1]
+
+
+def where(unit, shared, cache):
+    """The worker, and whether it sees a GPU; unit 3 kills its worker once."""
+    if unit == 3 and not Path(shared["killed"]).exists():
+        Path(shared["killed"]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return os.getpid(), bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def test_units_that_need_a_gpu_and_others_draw_from_one_queue(tmp_path):
+    ray.init(num_cpus=3, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with fs.RayExecutor(workers=3, gpu_workers=1) as executor:
+            needs = [Needs(gpus=float(unit % 3 == 0)) for unit in range(24)]
+            found = executor.map(where, range(24), {"killed": str(tmp_path / "killed")}, needs, [1.0] * 24)
+            assert (tmp_path / "killed").exists()
+            assert all(gpu for _, gpu in found[::3]), "its replacement has the GPU"
+            without = {pid for pid, gpu in found if not gpu}
+            assert len(without) == 2
+            assert without.isdisjoint(pid for pid, gpu in found if gpu)
+            with pytest.raises(CapacityError, match=r"a unit needs 2 GPU"):
+                executor.map(where, [0], {}, Needs(gpus=2.0))
+    finally:
+        ray.shutdown()
 
 
 def heavy_result(unit, shared, cache):
