@@ -32,7 +32,7 @@ _BLIND_DRAWS = 64
 class Flight:
     """Who is training: ``clients`` (m,), the ``version`` (m,) each was sent, when it is ``back`` (m,) and the ``number`` (m,) of its sending.
 
-    ``sent`` counts sendings. ``versions`` (V,), ascending, and ``models`` (V, P) are those still in use.
+    ``sent`` counts sendings, ``looks`` the times that too few were there to be sent out. ``versions`` (V,), ascending, and ``models`` (V, P) are those still in use.
     """
 
     clients: Ints
@@ -40,6 +40,7 @@ class Flight:
     back: NDArray[np.float64]
     number: Ints
     sent: int
+    looks: int
     versions: Ints
     models: Vector
 
@@ -54,7 +55,7 @@ def begin(training: "Training", params: Vector) -> Flight:
             "FedBuff has no rounds: deadlines, dropout, schedules with several uploads and compressions with memory do not go with it"
         )
     none = np.empty(0, np.int64)
-    return Flight(none, none, np.empty(0), none, 0, np.array([0]), params[None])
+    return Flight(none, none, np.empty(0), none, 0, 0, np.array([0]), params[None])
 
 
 def update(training: "Training", state: "TrainState") -> tuple["TrainState", Round]:
@@ -111,10 +112,12 @@ def _send(training: "Training", flight: Flight, taken: Ints, clock: float, versi
     """
     busy = set(np.delete(flight.clients, taken).tolist())
     chosen: list[int] = []
-    for look in range(TRIES):
+    looks = flight.looks
+    for _ in range(TRIES):
         while len(busy) < _rule(training).concurrency:
-            found = _idle(training, busy, clock, flight.sent + len(chosen), look)
+            found = _idle(training, busy, clock, flight.sent + len(chosen), looks)
             if found is None:
+                looks += 1  # whoever is asked for this place again, draws again
                 break
             busy.add(found)
             chosen.append(found)
@@ -125,16 +128,18 @@ def _send(training: "Training", flight: Flight, taken: Ints, clock: float, versi
         raise ValueError(
             f"no client was available in {TRIES} looks before update {version}, up to {clock:g} simulated seconds; raise availability"
         )
-    clients = np.array(chosen, np.int64)
+    if not chosen:
+        return replace(flight, looks=looks), clock
+    clients = np.array(chosen)
     cohort = training.cohort(clients, training.strategy.steps(training.shards.sizes[clients]))
     back = clock + cohort.down_seconds + cohort.steps * cohort.step_seconds + cohort.up_seconds
     added = {"clients": clients, "version": np.full(len(clients), version), "back": back, "number": flight.sent + np.arange(len(clients))}
     columns = {name: np.concatenate([getattr(flight, name), values]) for name, values in added.items()}
-    return replace(flight, **columns, sent=flight.sent + len(clients)), clock
+    return replace(flight, **columns, sent=flight.sent + len(clients), looks=looks), clock
 
 
-def _idle(training: "Training", busy: set[int], clock: float, number: int, look: int = 0) -> int | None:
-    """An idle client that is available at ``clock``, each equally likely; ``None`` where there is none. ``look`` counts those in vain before."""
+def _idle(training: "Training", busy: set[int], clock: float, number: int, look: int) -> int | None:
+    """An idle client that is available at ``clock``, each equally likely; ``None`` where there is none. ``look`` counts looks in vain before: it decides the coins."""
     holders, rng = training.holders, rng_for(training.seed, "sent out", number)
     for client in holders[rng.integers(len(holders), size=_BLIND_DRAWS)].tolist():
         if client not in busy and _present(training, np.array([client]), clock, number, look)[0]:
@@ -210,7 +215,7 @@ def _landed(flight: Flight, taken: Ints, version: int, params: Vector) -> Flight
     columns = {name: np.delete(getattr(flight, name), taken) for name in ("clients", "version", "back", "number")}
     used = np.isin(flight.versions, columns["version"])
     versions, models = np.append(flight.versions[used], version), np.concatenate([flight.models[used], params[None]])
-    return Flight(**columns, sent=flight.sent, versions=versions, models=models)
+    return Flight(**columns, sent=flight.sent, looks=flight.looks, versions=versions, models=models)
 
 
 def _record(

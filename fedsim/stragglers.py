@@ -18,7 +18,8 @@ Floats = NDArray[np.float64]
 class Deadline:
     """The server draws ``over_select`` times the cohort, keeps the first to finish within ``seconds`` and sends the others home.
 
-    With fewer than ``min_clients`` in time the round has failed: the model stays, the clock goes on.
+    With fewer than ``min_clients`` in time the round has failed: the model stays, the clock goes on. Infinite ``seconds``, which do not go with
+    :class:`Dropout`, only send home those beyond the cohort.
     """
 
     seconds: float
