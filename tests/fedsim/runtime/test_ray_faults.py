@@ -163,6 +163,26 @@ def test_a_worker_keeps_the_memory_that_units_free_for_the_next():
     assert max(later) < 2 * four, "given back, they would be faulted in eight times"
 
 
+def slow_at_first(unit, shared, cache):
+    """Unit 5 takes a minute where it is done first."""
+    marker = Path(shared["marker"])
+    if unit == 5 and not marker.exists():
+        marker.touch()
+        time.sleep(60)
+    time.sleep(0.05)
+    return unit * unit
+
+
+def test_a_slow_unit_is_done_again_by_an_idle_worker(tmp_path):
+    shared = {"marker": str(tmp_path / "begun")}
+    with RayExecutor(workers=2, twice=True) as executor:
+        start = time.monotonic()
+        assert executor.map(slow_at_first, range(6), shared) == [0, 1, 4, 9, 16, 25]
+        assert (tmp_path / "begun").exists()
+        assert executor.map(slow_at_first, [3, 4], shared) == [9, 16], "the other worker goes on"
+        assert time.monotonic() - start < 30
+
+
 def test_an_empty_map_is_empty(two):
     assert two.map(pausing, [], {}) == []
 
