@@ -101,6 +101,12 @@ def test_a_driver_finds_a_running_cluster_by_itself(cluster, tmp_path):
     assert done.stdout.strip().endswith("1 [2, 1]"), done.stderr[-2000:]
 
 
+def test_a_cluster_that_merely_runs_on_this_machine_is_not_joined_unasked(cluster):
+    with fs.RayExecutor(workers=1) as executor:
+        assert executor.map(slow_sum, [2], {"values": np.ones(3)}) == [6.0]
+        assert ray.get_runtime_context().gcs_address != cluster.address
+
+
 JOB = f"""
 import fedsim as fs
 from fedsim.encoding import digest
