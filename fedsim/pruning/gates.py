@@ -26,8 +26,8 @@ class Tap:
 
 
 @contextmanager
-def gated(model: nn.Module, smap: StructureMap, kept: Bools) -> Iterator[list[Tap]]:
-    """Hooks that multiply every consumer's input by its gates (1 kept, 0 removed) and record it; gone after the block.
+def gated(model: nn.Module, smap: StructureMap, kept: Bools, *, record: bool = True) -> Iterator[list[Tap]]:
+    """Hooks that multiply every consumer's input by its gates (1 kept, 0 removed) and ``record`` it; gone after the block.
 
     The outputs are those of the masked model, and the weights stay untouched.
     """
@@ -38,8 +38,11 @@ def gated(model: nn.Module, smap: StructureMap, kept: Bools) -> Iterator[list[Ta
             for member in block.members:
                 if member.role == "consumer":
                     module = model.get_submodule(member.weight.rpartition(".")[0])
-                    hook = partial(_gate, taps, number, member, _factors(module, smap, number, member, kept))
-                    handles.append(module.register_forward_pre_hook(hook))
+                    factors = _factors(module, smap, number, member, kept)
+                    if record:
+                        handles.append(module.register_forward_pre_hook(partial(_gate, taps, number, member, factors)))
+                    elif factors is not None:
+                        handles.append(module.register_forward_pre_hook(partial(_scaled, factors)))
         yield taps
     finally:
         for handle in handles:
@@ -77,6 +80,10 @@ def _gate(taps: list[Tap], block: int, member: Member, factors: Tensor | None, m
         output.requires_grad_(True)
     taps.append(Tap(block, member, 1 if _is_convolution(module) else -1, value.detach(), output))
     return (output, *args[1:])
+
+
+def _scaled(factors: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0] * factors, *args[1:])
 
 
 def _is_convolution(module: nn.Module) -> bool:

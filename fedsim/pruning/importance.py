@@ -7,22 +7,22 @@ over the weights that read it; it comes from activations x output gradients alon
 
 # S structures, B batch, F input features of a consumer, n structures of one block
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.errors import FedsimError
 from fedsim.pruning.gates import Tap, gated, structure_products
-from fedsim.pruning.structures import Bools, Member, StructureMap
+from fedsim.pruning.gradients import Objective as Objective
+from fedsim.pruning.gradients import Scores as Scores
+from fedsim.pruning.gradients import finite_losses, weight_scores
+from fedsim.pruning.structures import Bools, StructureMap
+from fedsim.pruning.submodel import Submodel
 
-Objective = Callable[[nn.Module, Any], Tensor]
-Scores = NDArray[np.float64]
 Aggregate = Literal["gate", "gate_abs", "sum_abs", "sum_squares", "taylor2"]
 Normalise = Literal["block_l2", "block_mean", "type_mean", "parameters", "published", "none"]
 Reduce = Literal["mean_then_abs", "abs_then_mean"]
@@ -46,25 +46,57 @@ class FirstOrder:
     ``normalise`` divides by: ``block_l2`` the norm of the block's alive scores, ``block_mean`` their mean, ``type_mean`` the
     mean over all blocks of that kind, ``parameters`` the parameters the structure owns, ``published`` the constants of
     arXiv:2510.18030's code. Per-example weight gradients (``abs_then_mean``, ``taylor2``) cost one backward pass an example.
+
+    ``None`` takes what measured best for the model: ``gate`` and ``abs_then_mean`` for MLPs and CNNs; ``sum_abs``, ``mean_then_abs`` and
+    ``compact`` where attention is among the structures. ``compact`` scores the model with its removed structures cut out instead of
+    silenced: the same scores to rounding, cheaper the more is gone, for a copy of what is left. ``gradient_bytes`` bounds the mean
+    gradients of weights held at once; the rest of the weights wait for another pass over the calibration set.
     """
 
-    aggregate: Aggregate = "gate"
+    aggregate: Aggregate | None = None
     normalise: Normalise = "parameters"
-    reduce: Reduce = "abs_then_mean"
+    reduce: Reduce | None = None
+    compact: bool | None = None
+    gradient_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("aggregate", Aggregate), ("normalise", Normalise), ("reduce", Reduce)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
-        if self.aggregate == "taylor2" and self.reduce != "mean_then_abs":
+            value = getattr(self, name)
+            if value not in get_args(allowed) and (value is not None or name == "normalise"):
+                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {value!r}")
+        if self.aggregate == "taylor2" and self.reduce == "abs_then_mean":
             raise ValueError(f"aggregate='taylor2' is signed before its square term and needs reduce='mean_then_abs', got {self.reduce!r}")
+        if self.gradient_bytes is not None and self.gradient_bytes < 1:
+            raise ValueError(f"gradient_bytes must be at least 1, got {self.gradient_bytes!r}")
 
     def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
         """Scores (S,) by the mean loss of ``objective`` over ``batches``; ``FedsimError`` for a non-finite loss or gradient."""
-        measure = _gate_scores if self.aggregate in ("gate", "gate_abs") else _weight_scores
+        compact = smap.attends if self.compact is None else self.compact
         with torch.enable_grad():
-            raw = measure(self, model, smap, objective, batches, kept)
+            if compact and not kept.all():
+                raw = np.zeros(len(smap))
+                small = Submodel(kept, smap.fingerprint).sliced(model, smap)
+                raw[kept] = self._raw(small, smap.cut(kept), objective, batches, None)
+            else:
+                raw = self._raw(model, smap, objective, batches, kept)
         return normalised(raw, self.normalise, smap, kept)
+
+    def _raw(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools | None) -> Scores:
+        """Scores (S,) before they are made comparable, of ``model`` with only ``kept`` alive (``None``: all)."""
+        aggregate = self.aggregate or ("sum_abs" if smap.attends else "gate")
+        reduce = self.reduce or ("mean_then_abs" if smap.attends or aggregate == "taylor2" else "abs_then_mean")
+        alive = np.ones(len(smap), np.bool_) if kept is None else kept
+        if aggregate == "gate" or aggregate == "gate_abs":
+            return _gate_scores(
+                model, smap, objective, batches, alive, positionwise=aggregate == "gate_abs", each=reduce == "abs_then_mean"
+            )
+        with gated(model, smap, alive, record=False):
+            return weight_scores(
+                *(model, smap, objective, batches),
+                aggregate=aggregate,
+                each=reduce == "abs_then_mean",
+                gradient_bytes=self.gradient_bytes,
+            )
 
 
 def normalised(raw: Scores, normalise: Normalise, smap: StructureMap, kept: Bools) -> Scores:
@@ -101,18 +133,18 @@ def _published(kind: str, constant: float | None) -> float:
 
 
 def _gate_scores(
-    method: FirstOrder, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools
+    model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools, *, positionwise: bool, each: bool
 ) -> Scores:
     total, count = np.zeros(len(smap)), 0
     with gated(model, smap, kept) as taps:
         for number, batch in enumerate(batches):
             taps.clear()
-            losses = _finite_losses(objective, model, batch, number)
+            losses = finite_losses(objective, model, batch, number)
             gradients = torch.autograd.grad(losses.sum(), [tap.output for tap in taps], materialize_grads=True, allow_unused=True)
-            moved = _block_products(smap, taps, gradients, positionwise=method.aggregate == "gate_abs")
-            if method.reduce == "abs_then_mean":
+            moved = _block_products(smap, taps, gradients, positionwise=positionwise)
+            if each:
                 moved = [m.abs() for m in moved]
-            batch_sum = torch.cat([m.sum(0, dtype=torch.float64) for m in moved]).cpu().numpy()
+            batch_sum = torch.cat([m.sum(0, dtype=torch.float64).cpu() for m in moved]).numpy()
             _require_finite(batch_sum, number)
             total += batch_sum
             count += len(losses)
@@ -131,87 +163,6 @@ def _block_products(smap: StructureMap, taps: Sequence[Tap], gradients: Sequence
     return [moved[b] for b in range(len(smap.blocks))]
 
 
-def _weight_scores(
-    method: FirstOrder, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools
-) -> Scores:
-    owned = {m.weight for b in smap.blocks for m in b.members}
-    weights = {w.name: model.get_parameter(w.name) for w in smap.weights if w.parameter and w.name in owned}
-    with gated(model, smap, kept), _requiring_grad(weights.values()):
-        importance = _parameter_importance(method, model, weights, objective, batches)
-    per_block = []
-    for block in smap.blocks:
-        parts = [_per_structure(importance[m.weight], m) for m in block.members if m.weight in importance]
-        per_block.append(torch.stack(parts).sum(0))
-    return torch.cat(per_block).double().cpu().numpy()
-
-
-def _parameter_importance(
-    method: FirstOrder, model: nn.Module, weights: dict[str, nn.Parameter], objective: Objective, batches: Sequence[Any]
-) -> dict[str, Tensor]:
-    """Importance of every scalar of ``weights``, in float32 or wider."""
-    gradients = [torch.zeros_like(w, dtype=_wide(w)) for w in weights.values()]
-    squares = [torch.zeros_like(g) for g in gradients] if method.aggregate == "taylor2" else []
-    each = method.aggregate == "taylor2" or method.reduce == "abs_then_mean"
-    count = 0
-    for number, batch in enumerate(batches):
-        for part in _examples(batch) if each else (batch,):
-            losses = _finite_losses(objective, model, part, number)
-            count += len(losses)
-            for i, new in enumerate(torch.autograd.grad(losses.sum(), list(weights.values()), materialize_grads=True, allow_unused=True)):
-                gradients[i] += new.abs() if method.reduce == "abs_then_mean" else new
-                if squares:
-                    squares[i] += new.to(gradients[i].dtype) ** 2
-        _require_finite(np.asarray([float(g.sum()) for g in gradients]), number)
-    importance: dict[str, Tensor] = {}
-    for i, (name, weight) in enumerate(weights.items()):
-        first = weight.detach().to(gradients[i].dtype) * (gradients[i] / count)
-        if method.aggregate == "taylor2":
-            first = first - 0.5 * weight.detach().to(first.dtype) ** 2 * (squares[i] / count)
-        importance[name] = first**2 if method.aggregate == "sum_squares" else first.abs()
-    return importance
-
-
-def _per_structure(importance: Tensor, member: Member) -> Tensor:
-    """Sum over what each structure owns of one parameter, (n,)."""
-    rows = importance.movedim(member.dim, 0).flatten(1).sum(1) if importance.ndim > 1 else importance
-    return rows[torch.from_numpy(member.positions).to(rows.device)].sum(1)
-
-
-def _finite_losses(objective: Objective, model: nn.Module, batch: Any, number: int) -> Tensor:
-    losses = objective(model, batch)
-    if losses.ndim != 1 or not len(losses):
-        raise ValueError(f"the objective must return one loss per example, got shape {tuple(losses.shape)} for calibration batch {number}")
-    if not bool(torch.isfinite(losses).all()):
-        example = int(torch.nonzero(~torch.isfinite(losses))[0, 0])
-        raise FedsimError(
-            f"the loss of example {example} of calibration batch {number} is {float(losses[example].detach())}; nothing was pruned"
-        )
-    return losses
-
-
 def _require_finite(values: Scores, number: int) -> None:
     if not np.isfinite(values).all():
         raise FedsimError(f"a gradient became non-finite in calibration batch {number}; nothing was pruned")
-
-
-def _examples(batch: Any) -> Iterator[Any]:
-    """The batch one example at a time, in the same (named) tuple type."""
-    for i in range(len(batch[0])):
-        yield type(batch)(*(part[i : i + 1] for part in batch))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-@contextmanager
-def _requiring_grad(weights: Any) -> Iterator[None]:
-    """Gradients of frozen parameters inside the block."""
-    frozen = [w for w in weights if not w.requires_grad]
-    for weight in frozen:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)

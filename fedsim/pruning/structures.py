@@ -1,15 +1,16 @@
 """What can leave a model: structures, the slices of weights they own, and what a model costs without them.
 
-A *structure* is a coupled set of weights that leaves with no change of interface: a hidden unit, a filter group, later a
-head group. Structures of one *block* own equal shares of the same weights, so every cost is a function of how many
+A *structure* is a coupled set of weights that leaves with no change of interface: a hidden unit, a filter group, a head
+group. Structures of one *block* own equal shares of the same weights, so every cost is a function of how many
 structures of each block are left: a weight keeps the product of its kept extents, and overlaps (a row of one block
-crossing a column of another) are counted once. :func:`fedsim.pruning.tracing.structure_map` builds the map of a model.
+crossing a column of another) are counted once. :func:`fedsim.pruning.tracing.structure_map` builds the map of an MLP or
+CNN, :func:`fedsim.llm.structures.language_structures` that of a language model.
 """
 
 # S structures, W weights, K blocks, n structures of one block, w positions one structure owns
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
@@ -20,8 +21,8 @@ from torch import nn
 
 from fedsim.encoding import digest
 
-Cost = Literal["parameters", "flops", "bytes"]
-COSTS: tuple[Cost, ...] = ("parameters", "flops", "bytes")
+Cost = Literal["parameters", "flops", "bytes", "kv_bytes"]
+COSTS: tuple[Cost, ...] = ("parameters", "flops", "bytes", "kv_bytes")
 Role = Literal["producer", "consumer"]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -70,16 +71,28 @@ class Resize:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Interchangeable structures. ``published`` is the normalising constant of arXiv:2510.18030's code, where it has one."""
+    """Interchangeable structures. ``published`` is the normalising constant of arXiv:2510.18030's code, where it has one.
+
+    In a stack of layers ``layer`` says which. A structure that attends costs ``pair_flops`` for every pair of a query and a key, and
+    ``kv_bytes`` of cache a token. Modules of ``vacated`` give way to what their function returns once all structures left.
+    """
 
     name: str
     kind: str
     members: tuple[Member, ...]
     resizes: tuple[Resize, ...]
     published: float | None = None
+    layer: int | None = None
+    pair_flops: int = 0
+    kv_bytes: int = 0
+    vacated: tuple[tuple[str, Callable[[nn.Module], nn.Module]], ...] = ()
 
     def __len__(self) -> int:
         return len(self.members[0].positions)
+
+    def cost(self, cost: str, tokens: int) -> int:
+        """What one structure costs beside its weights, in an example of ``tokens`` tokens."""
+        return {"flops": self.pair_flops * tokens**2, "kv_bytes": self.kv_bytes}.get(cost, 0)
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,8 @@ class Weight:
         """What one scalar of this weight costs."""
         if cost == "flops":
             return self.flops
+        if cost == "kv_bytes":
+            return 0
         itemsize = {"bfloat16": 2}.get(self.dtype) or np.dtype(self.dtype).itemsize
         return int(self.parameter) * (itemsize if cost == "bytes" else 1)
 
@@ -106,13 +121,14 @@ class StructureMap:
     """The structures of one architecture, in the fixed order that breaks ties; ``skipped`` says what is not prunable and why.
 
     Weights stand in ``named_parameters`` order, then buffers. FLOPs are 2 x multiply-adds of Linear and convolution
-    modules in one example's forward pass; biases, normalisation, activations and pooling count nothing. Bytes are those
-    of parameters, not of buffers.
+    modules in one example's forward pass, and of attention for an example of ``tokens`` tokens; biases, normalisation,
+    activations and pooling count nothing. Bytes are those of parameters, not of buffers; ``kv_bytes`` those of the cache, a token.
     """
 
     weights: tuple[Weight, ...]
     blocks: tuple[Block, ...]
     skipped: Mapping[str, str]
+    tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.block_of)
@@ -177,15 +193,22 @@ class StructureMap:
             if coefficient := weight.coefficient(cost):
                 kept: Ints | int = coefficient * prod(weight.shape)
                 for dim, extent in enumerate(weight.shape):
-                    if owners := self._owners.get((weight.name, dim)):
+                    if extent and (owners := self._owners.get((weight.name, dim))):
                         kept = kept // extent * (extent - sum(width * removed[..., block] for block, width in owners))
                 total = total + kept
+        for number, block in enumerate(self.blocks):
+            if each := block.cost(cost, self.tokens):
+                total = total + each * (len(block) - removed[..., number])
         return total
 
     def share(self, cost: Cost, removed: Ints) -> NDArray[np.float64]:
         """Removed cost as a share of all that structures own: *sparsity* when the cost is parameters."""
         dense, prunable = self._dense_and_prunable[cost]
         return (dense - self.cost(cost, removed)) / max(prunable, 1)
+
+    def prunable(self, cost: Cost) -> int:
+        """What all structures together cost: the unit of :meth:`share`."""
+        return self._dense_and_prunable[cost][1]
 
     def after_each(self, kept: Bools, order: Ints) -> Ints:
         """Removed counts (R, K) after each removal of ``order`` (R,) in turn, starting from ``kept``."""
@@ -196,6 +219,32 @@ class StructureMap:
         """Positions of ``member`` along its dimension that (stay, leave) under ``kept`` (S,); unowned ones count as neither."""
         alive = kept[self.starts[block] : self.starts[block + 1]]
         return member.positions[alive].reshape(-1), member.positions[~alive].reshape(-1)
+
+    @cached_property
+    def attends(self) -> bool:
+        """Whether attention is among what can leave: the map of a language model."""
+        return any(block.pair_flops for block in self.blocks)
+
+    def cut(self, kept: Bools) -> "StructureMap":
+        """The map of the model that surgery leaves: structures ``kept`` (S,) in their order, blocks that lost all of theirs gone."""
+        stay: dict[tuple[str, int], Bools] = {}
+        shapes = {w.name: w.shape for w in self.weights}
+        for number, block in enumerate(self.blocks):
+            for m in block.members:
+                mark = stay.setdefault((m.weight, m.dim), np.ones(shapes[m.weight][m.dim], np.bool_))
+                mark[self.positions(number, m, kept)[1]] = False
+        weights = tuple(
+            replace(w, shape=tuple(int(stay[w.name, d].sum()) if (w.name, d) in stay else n for d, n in enumerate(w.shape)))
+            for w in self.weights
+        )
+        renumbered = {key: np.cumsum(mark) - 1 for key, mark in stay.items()}
+        blocks = []
+        for number, block in enumerate(self.blocks):
+            alive = kept[self.starts[number] : self.starts[number + 1]]
+            if alive.any():
+                members = (replace(m, positions=renumbered[m.weight, m.dim][m.positions[alive]]) for m in block.members)
+                blocks.append(replace(block, members=tuple(members)))
+        return StructureMap(weights, tuple(blocks), self.skipped, self.tokens)
 
     @cached_property
     def _dense_and_prunable(self) -> dict[Cost, tuple[int, int]]:

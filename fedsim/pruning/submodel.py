@@ -1,7 +1,7 @@
 """One submodel of a dense model: which structures are kept, and the surgery, masks and flat vectors that follow from it."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -38,9 +38,15 @@ class Submodel:
     def __hash__(self) -> int:
         return hash(digest(self))
 
+    def checked(self, smap: StructureMap) -> Bools:
+        """``kept``; ``ValueError`` unless ``smap`` is the map it belongs to."""
+        if smap.fingerprint != self.fingerprint:
+            raise ValueError(f"submodel of model {self.fingerprint} used with the structure map of model {smap.fingerprint}")
+        return self.kept
+
     def indices(self, smap: StructureMap) -> Ints:
         """Positions (Q,) of the kept scalars in the dense flat vector of trainable parameters (``Layout`` order)."""
-        leaving = _leaving(smap, self._checked(smap))
+        leaving = _leaving(smap, self.checked(smap))
         return np.flatnonzero(np.concatenate([_mark(w.shape, leaving.get(w.name, ())) for w in smap.weights if w.trainable]))
 
     def slice(self, vector: NDArray[np.floating], smap: StructureMap) -> NDArray[np.floating]:
@@ -66,11 +72,11 @@ class Submodel:
         return self.cost("bytes", smap)
 
     def cost(self, cost: Cost, smap: StructureMap) -> int:
-        return int(smap.cost(cost, smap.removed_counts(self._checked(smap))))
+        return int(smap.cost(cost, smap.removed_counts(self.checked(smap))))
 
     def sparsity(self, smap: StructureMap) -> float:
         """Removed parameters / parameters that belong to structures."""
-        return float(smap.share("parameters", smap.removed_counts(self._checked(smap))))
+        return float(smap.share("parameters", smap.removed_counts(self.checked(smap))))
 
     def model_sparsity(self, smap: StructureMap) -> float:
         """Removed parameters / all parameters of the model."""
@@ -82,7 +88,7 @@ class Submodel:
 
         Zero columns alone make a structure inert, whatever its producers' biases and normalisation do.
         """
-        kept = self._checked(smap)
+        kept = self.checked(smap)
         smap.check(model)
         saved: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
@@ -100,7 +106,7 @@ class Submodel:
 
     def sliced(self, model: nn.Module, smap: StructureMap) -> nn.Module:
         """A copy of ``model`` without the removed structures: smaller weights, plain modules, the same interface."""
-        kept = self._checked(smap)
+        kept = self.checked(smap)
         smap.check(model)
         small = copy.deepcopy(model)
         for number, block in enumerate(smap.blocks):
@@ -112,12 +118,9 @@ class Submodel:
             for resize in block.resizes:
                 module = small.get_submodule(resize.module)
                 setattr(module, resize.attribute, getattr(module, resize.attribute) - removed * resize.each)
+        for name, vacate in _vacated(smap, kept):
+            small.set_submodule(name, vacate(small.get_submodule(name)))
         return small
-
-    def _checked(self, smap: StructureMap) -> Bools:
-        if smap.fingerprint != self.fingerprint:
-            raise ValueError(f"submodel of model {self.fingerprint} used with the structure map of model {smap.fingerprint}")
-        return self.kept
 
 
 def lacking(old: Submodel | None, new: Submodel, smap: StructureMap) -> int:
@@ -128,8 +131,15 @@ def lacking(old: Submodel | None, new: Submodel, smap: StructureMap) -> int:
     mask = ceil(len(smap) / 8)
     if old is None:
         return new.bytes(smap) + mask
-    shared = old._checked(smap) & new._checked(smap)
+    shared = old.checked(smap) & new.checked(smap)
     return new.bytes(smap) - int(smap.cost("bytes", smap.removed_counts(shared))) + mask
+
+
+def _vacated(smap: StructureMap, kept: Bools) -> Iterator[tuple[str, Callable[[nn.Module], nn.Module]]]:
+    """Modules of blocks that lost all their structures, and what to make of them."""
+    for number, block in enumerate(smap.blocks):
+        if not kept[smap.starts[number] : smap.starts[number + 1]].any():
+            yield from block.vacated
 
 
 def _leaving(smap: StructureMap, kept: Bools) -> dict[str, list[tuple[int, Ints]]]:

@@ -80,7 +80,7 @@ def structure_map(model: nn.Module, example: Tensor, *, couple_residual: bool = 
             spaces = _Tracer(graph).spaces()
             blocks = tuple(s.block() for s in spaces if s.reason(couple_residual) is None)
             skipped = {name: reason for s in spaces if (reason := s.reason(couple_residual)) for name in s.producers}
-    return StructureMap(_weights(model, flops), blocks, skipped)
+    return StructureMap(weights_of(model, flops), blocks, skipped)
 
 
 @contextmanager
@@ -116,7 +116,9 @@ def flops_per_scalar(model: nn.Module, inputs: Tensor) -> dict[str, int]:
     return flops
 
 
-def _weights(model: nn.Module, flops: Mapping[str, int]) -> tuple[Weight, ...]:
+def weights_of(model: nn.Module, flops: Mapping[str, int]) -> tuple[Weight, ...]:
+    """Parameters, then buffers, with the FLOPs of one scalar of each that computes."""
+
     def weight(name: str, tensor: Tensor, parameter: bool) -> Weight:
         dtype = str(tensor.dtype).removeprefix("torch.")
         return Weight(name, tuple(tensor.shape), dtype, flops.get(name, 0), parameter and tensor.requires_grad, parameter)

@@ -19,9 +19,10 @@ FORMAT = "fedsim.pruning.trajectory/1"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PruningTrajectory:
-    """Structures ``removed`` (R,) in order, as positions in the map's fixed order, with the score and step (from 1) of each.
+    """Structures ``removed`` (R,) in order, as positions in the map's fixed order, with the score and step (from 1; 0: before) of each.
 
-    ``shares[cost]`` (R,) is the share of all prunable cost gone after each removal; for parameters, the sparsity.
+    ``shares[cost]`` (R,) is the share of all prunable cost gone after each removal; for parameters, the sparsity. Costs that no
+    structure has are not there.
     ``fingerprint`` names the model. A value: equal if all fields are.
     """
 
@@ -36,7 +37,7 @@ class PruningTrajectory:
     def of(cls, smap: StructureMap, removed: Ints, scores: NDArray[np.float64], step_of: Ints) -> "PruningTrajectory":
         """Removals with the costs that follow from ``smap``."""
         after = smap.after_each(np.ones(len(smap), np.bool_), removed)
-        shares: dict[str, NDArray[np.float64]] = {cost: smap.share(cost, after) for cost in COSTS}
+        shares: dict[str, NDArray[np.float64]] = {cost: smap.share(cost, after) for cost in COSTS if smap.prunable(cost)}
         return cls(removed=removed, scores=scores, step_of=step_of, shares=shares, num_structures=len(smap), fingerprint=smap.fingerprint)
 
     def __eq__(self, other: object) -> bool:
@@ -48,7 +49,8 @@ class PruningTrajectory:
     def at(self, level: float, cost: Cost = "parameters") -> Submodel:
         """The submodel of the longest prefix that removes at most ``level`` of the prunable ``cost``: short of it by less than one structure.
 
-        ``ValueError`` for a level outside [0, 1); ``CapacityError`` for one beyond the end of the trajectory.
+        ``ValueError`` for a level outside [0, 1); ``CapacityError`` for one beyond the end of the trajectory, or before the submodel
+        it went on from (whose removals are of step 0).
         """
         if not 0 <= level < 1:
             raise ValueError(f"level must lie in [0, 1), got {level!r}")
@@ -60,8 +62,11 @@ class PruningTrajectory:
             raise CapacityError(
                 f"level {level} of {cost} lies beyond the trajectory, which removes {reach:.4f}; add it to the pruner's levels"
             )
+        number = int(np.searchsorted(share, level + 1e-12, side="right"))
+        if number < (given := int((self.step_of == 0).sum())):
+            raise CapacityError(f"level {level} of {cost} lies before the trajectory, which goes on from {share[given - 1]:.4f}")
         kept: Bools = np.ones(self.num_structures, np.bool_)
-        kept[self.removed[: np.searchsorted(share, level + 1e-12, side="right")]] = False
+        kept[self.removed[:number]] = False
         return Submodel(kept, self.fingerprint, float(level))
 
     def structures(self, smap: StructureMap) -> tuple[Structure, ...]:
