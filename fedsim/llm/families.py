@@ -1,74 +1,9 @@
-"""Where attention and MLP lie in the decoder layers of each supported family of Hugging Face models."""
-
-from collections.abc import Mapping
-from dataclasses import dataclass
+"""Which supported family a model belongs to, and what it may not be."""
 
 from torch import nn
 from transformers import PretrainedConfig
 
-
-@dataclass(frozen=True)
-class Family:
-    """Names inside one architecture: ``layers`` from the model, the others from a layer.
-
-    ``fused`` is the one projection that holds queries, keys and values side by side, where they are not apart. ``hidden`` are the
-    projections into the MLP, ``mlp`` the module around them where there is one. Field names of the configuration: ``heads``, ``kv_heads``
-    (``None`` where every head has its own), ``width`` of the MLP. ``counted`` are attributes of the attention that hold
-    (heads, features of all heads).
-    """
-
-    layers: str
-    attention: str
-    output: str
-    hidden: tuple[str, ...]
-    down: str
-    mlp: str | None
-    separate: tuple[str, str, str] | None = ("q_proj", "k_proj", "v_proj")
-    fused: str | None = None
-    heads: str = "num_attention_heads"
-    kv_heads: str | None = "num_key_value_heads"
-    width: str = "intermediate_size"
-    counted: tuple[str | None, str | None] = (None, None)
-
-
-_LLAMA = Family(
-    layers="model.layers",
-    attention="self_attn",
-    output="o_proj",
-    hidden=("mlp.gate_proj", "mlp.up_proj"),
-    down="mlp.down_proj",
-    mlp="mlp",
-)
-FAMILIES: Mapping[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "opt": Family(
-        layers="model.decoder.layers",
-        attention="self_attn",
-        output="out_proj",
-        hidden=("fc1",),
-        down="fc2",
-        mlp=None,
-        kv_heads=None,
-        width="ffn_dim",
-        counted=("num_heads", None),
-    ),
-    "gpt2": Family(
-        layers="transformer.h",
-        attention="attn",
-        output="c_proj",
-        hidden=("mlp.c_fc",),
-        down="mlp.c_proj",
-        mlp="mlp",
-        separate=None,
-        fused="c_attn",
-        kv_heads=None,
-        width="n_inner",
-        counted=("num_heads", "split_size"),
-    ),
-}
+from fedsim.llm.pruned_model import FAMILIES, Family
 
 
 def family_of(model: nn.Module) -> Family:

@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsim.llm.families import Family, family_of
-from fedsim.llm.vacant import VacantAttention, VacantMLP
+from fedsim.llm.families import family_of
+from fedsim.llm.pruned_model import Family, VacantAttention, VacantMLP
 from fedsim.pruning.structures import Block, Ints, Member, Resize, Role, StructureMap
 from fedsim.pruning.tracing import weights_of
 

@@ -1,0 +1,149 @@
+"""Pruned language models on disk, in folders that the Hugging Face ecosystem loads without fedsim.
+
+``config.per_layer_config``, a field of stock configurations, holds the sizes of every layer. Stock classes do not build layers from it
+yet, so a copy of :mod:`fedsim.llm.pruned_model` travels along: ``AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)``.
+Where all layers ended alike and a plain configuration can say so, the folder is an ordinary one.
+"""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from fedsim.encoding import digest
+from fedsim.errors import CheckpointError
+from fedsim.llm import pruned_model
+from fedsim.llm.families import family_of
+from fedsim.llm.pruned_model import PRUNED, Family
+from fedsim.llm.structures import key_value_heads
+from fedsim.pruning.structures import StructureMap
+from fedsim.pruning.submodel import Submodel
+
+_SOURCE = Path(pruned_model.__file__)
+
+
+def save_pruned(
+    model: nn.Module,
+    submodel: Submodel,
+    smap: StructureMap,
+    path: str | Path,
+    *,
+    form: Literal["per_layer", "masked"] = "per_layer",
+    tokenizer: Any = None,
+) -> None:
+    """Write ``model``, a dense Hugging Face model, cut to ``submodel``, as safetensors with its configuration and ``pruning.json``.
+
+    ``form="masked"`` keeps the dense shapes with zeros, for servers that know no other. ``tokenizer``, one of Hugging Face's, goes into
+    the folder too. Raises ``ValueError`` for a submodel of another model, an unknown form, or a folder that holds something else.
+    """
+    family, path = family_of(model), Path(path)
+    if form not in ("per_layer", "masked"):
+        raise ValueError(f"form must be 'per_layer' or 'masked', got {form!r}")
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / "pruning.json").exists())):
+        raise ValueError(f"{path} exists and is no folder of a pruned model; choose another path")
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if form == "masked":
+            with submodel.masked(model, smap):
+                _write(model, _stock(model), partial)
+        else:
+            _write_cut(submodel.sliced(model, smap), family, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / "pruning.json").write_text(json.dumps(_provenance(submodel, smap, form)))
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_pruned(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model that :func:`save_pruned` wrote, in evaluation mode, without running code from the folder.
+
+    Raises ``CheckpointError`` for a folder that is missing or damaged.
+    """
+    try:
+        config = PretrainedConfig.get_config_dict(str(path), local_files_only=True)[0]
+        loader = PRUNED[config["model_type"]] if "per_layer_config" in config else AutoModelForCausalLM
+        model: nn.Module = loader.from_pretrained(path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} holds no pruned language model that can be read: {error}") from error
+    return model.eval()
+
+
+def _write_cut(small: nn.Module, family: Family, path: Path) -> None:
+    config = _stock(small)
+    sizes = [_sizes(layer, family) for layer in small.get_submodule(family.layers).children()]
+    fields = [name for name in (family.heads, family.kv_heads, family.width) if name is not None]
+    if family.separate and "head_dim" not in config.to_diff_dict():
+        config.head_dim = int(small.get_submodule(f"{family.layers}.0.{family.attention}").head_dim)  # type: ignore[arg-type]
+    if all(s == sizes[0] for s in sizes) and (plain := _plain(config, dict(zip(fields, sizes[0], strict=True)))) is not None:
+        _write(small, plain, path)
+        return
+    config.per_layer_config = {i: dict(zip(fields, s, strict=True)) for i, s in enumerate(sizes)}
+    config.allow_global_per_layer_attribute_access = True
+    config.auto_map = {"AutoModelForCausalLM": f"{_SOURCE.stem}.{PRUNED[config.model_type].__name__}"}
+    _write(small, config, path)
+    shutil.copyfile(_SOURCE, path / _SOURCE.name)
+
+
+def _sizes(layer: nn.Module, family: Family) -> tuple[int, ...]:
+    """Heads, key-value heads where the family tells them apart, and channels of a layer."""
+    heads, groups = key_value_heads(layer.get_submodule(family.attention), family)
+    down: Any = layer.get_submodule(family.down)
+    width = int(down.weight.shape[0 if family.fused else 1])
+    return (heads, groups, width) if family.kv_heads else (heads, width)
+
+
+def _plain(config: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig | None:
+    """A stock configuration whose layers all have ``sizes``; ``None`` where the family has no such model."""
+    plain = copy.deepcopy(config)
+    heads = next(iter(sizes))
+    if sizes[heads] != getattr(config, heads) and (not hasattr(config, "head_dim") or not sizes[heads]):
+        return None  # the size of a head would follow from their number
+    for name, value in sizes.items():
+        setattr(plain, name, value)
+    try:
+        return type(plain)(**plain.to_diff_dict())
+    except StrictDataclassError:  # a Llama whose hidden size is no multiple of its heads
+        return None
+
+
+def _stock(model: nn.Module) -> PretrainedConfig:
+    """A copy of the model's configuration, with its cache on."""
+    config = copy.deepcopy(model.config)
+    assert isinstance(config, PretrainedConfig), "family_of has seen to it"
+    config.use_cache = True  # type: ignore[assignment]
+    return config
+
+
+def _write(model: nn.Module, config: PretrainedConfig, path: Path) -> None:
+    found: Any = model.config
+    try:
+        model.config = config  # type: ignore[assignment]
+        model.save_pretrained(path)  # type: ignore[operator]
+    finally:
+        model.config = found
+
+
+def _provenance(submodel: Submodel, smap: StructureMap, form: str) -> dict[str, Any]:
+    return {
+        "form": form,
+        "fingerprint": submodel.fingerprint,
+        "level": submodel.level,
+        "sparsity": submodel.sparsity(smap),
+        "model_sparsity": submodel.model_sparsity(smap),
+        "removed": {
+            block.name: [i for i in range(len(block)) if not submodel.kept[smap.starts[number] + i]]
+            for number, block in enumerate(smap.blocks)
+        },
+        "digest": digest(submodel),
+    }
