@@ -46,10 +46,11 @@ _EXPORTS = {
     "fedsim.workers": ("Workers",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
-_PACKAGES = ("drift", "pruning", "strategies", "tasks")
+_PACKAGES = ("drift", "llm", "pruning", "strategies", "tasks")
 
 if TYPE_CHECKING:
     from fedsim import drift as drift
+    from fedsim import llm as llm
     from fedsim import pruning as pruning
     from fedsim import strategies as strategies
     from fedsim import tasks as tasks

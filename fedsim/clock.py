@@ -39,7 +39,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket) or _MORE.get(str(func._overloadpacket))
         if formula is None:
             with self:
                 parts = func.decompose(*args, **kwargs)
@@ -49,6 +49,15 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=result))
         return result
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Products of queries (B, H, L, d) and keys, and of attention and values, for every pair of positions."""
+    batch, heads, length = query.shape[:3]
+    return 2 * batch * heads * length * key.shape[2] * (query.shape[3] + value.shape[3])
+
+
+_MORE = {"aten._scaled_dot_product_flash_attention_for_cpu": _attention_flops}  # what torch's own registry lacks
 
 
 def step_flops(forward: int, batch_size: int) -> int:

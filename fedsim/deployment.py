@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.capacity import Capacity
 from fedsim.fleet import Fleet
@@ -16,7 +16,8 @@ from fedsim.records import Deployment, Round
 from fedsim.rounds import Training, TrainState
 from fedsim.runtime.executor import Executor
 from fedsim.submodels import DenseModel, Deployed, Variant, dense_model
-from fedsim.tasks import Batch, Dataset, Splits, Task
+from fedsim.tasks import Batch, Dataset, Task
+from fedsim.tasks.base import Wrapped
 
 if TYPE_CHECKING:
     from fedsim.simulation import Simulation
@@ -102,7 +103,7 @@ def _assign(dense: DenseModel, kept: NDArray[np.bool_], pruner: Pruner, capacity
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Cut(Task):
+class _Cut(Wrapped):
     """A task whose model is a submodel of ``task``'s trained one: what recovery trains."""
 
     task: Task
@@ -110,23 +111,8 @@ class _Cut(Task):
     pruner: Pruner
     submodel: Submodel
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "num_classes", self.task.num_classes)
-
-    def load(self) -> Splits:
-        return self.task.data()
-
     def build(self, seed: int) -> nn.Module:
         return DenseModel.of(self.task, self.params, self.pruner).sliced(Variant(self.submodel)).train()
-
-    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        return self.task.logits(model, inputs)
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.task.losses(model, batch)
-
-    def correct(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.task.correct(model, batch)
 
 
 def recover(simulation: "Simulation", trained: TrainState, deployed: Deployed, executor: Executor) -> tuple[Deployed, list[Round]]:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from fedsim.capacity import Capacity
 from fedsim.fleet import Fleet
-from fedsim.pruning import StructureMap, Submodel, structure_map
+from fedsim.pruning import StructureMap, Submodel
 from fedsim.randomness import rng_for
-from fedsim.tasks.base import Batch, Splits, Task
+from fedsim.tasks.base import Task, Wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Widths:
 
 
 @dataclass(frozen=True, eq=False)
-class Narrowed(Task):
+class Narrowed(Wrapped):
     """``task`` with its model cut to ``submodel``; with ``scale`` every cut layer's output is divided by its kept share while training."""
 
     task: Task
@@ -61,27 +61,12 @@ class Narrowed(Task):
     smap: StructureMap
     scale: bool
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "num_classes", self.task.num_classes)
-
-    def load(self) -> Splits:
-        return self.task.data()
-
     def build(self, seed: int) -> nn.Module:
         small = self.submodel.sliced(self.task.build(seed), self.smap)
         if self.scale:
             for name, share in _kept_shares(self.submodel, self.smap).items():
                 small.get_submodule(name).register_forward_hook(_Rescaled(share))
         return small
-
-    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        return self.task.logits(model, inputs)
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.task.losses(model, batch)
-
-    def correct(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.task.correct(model, batch)
 
 
 @dataclass(frozen=True)
@@ -99,7 +84,7 @@ def narrowed(task: Task, widths: Widths) -> tuple[StructureMap, tuple[Submodel, 
 
     Raises ``ValueError`` for a model without a hidden layer that can be narrowed.
     """
-    smap = structure_map(task.build(0), task.example)
+    smap = task.structures(task.build(0))
     if not smap.blocks:
         raise ValueError(
             f"widths need a hidden layer that can be narrowed; the model of {type(task).__name__} has none: {dict(smap.skipped)}"

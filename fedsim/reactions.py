@@ -221,7 +221,8 @@ def _adapt(job: Job, shared: Mapping[str, Any], dense: DenseModel, stale: Varian
         soft = F.softmax(task.logits(dense.module, window.inputs), dim=-1)
 
     def from_dense() -> Tensor:
-        return -(soft * F.log_softmax(task.logits(small, window.inputs), dim=-1)).sum(-1).mean()
+        cross = -(soft * F.log_softmax(task.logits(small, window.inputs), dim=-1)).sum(-1)
+        return cross[window.targets >= 0].mean()  # of a text, the tokens that are asked for
 
     def from_labels() -> Tensor:
         losses: Tensor = task.losses(small, window)
@@ -251,8 +252,7 @@ def _head(model: nn.Module) -> nn.Module:
 def _predicted(task: Task, dense: DenseModel, inputs: Tensor) -> Tensor:
     """The dense model's own labels."""
     with torch.no_grad():
-        predicted: Tensor = task.logits(dense.module, inputs).argmax(-1)
-    return predicted
+        return task.self_targets(dense.module, inputs)
 
 
 def _scattered(dense: DenseModel, variant: Variant) -> Vector:

@@ -266,8 +266,9 @@ class Training:
         )
 
     def _label_counts(self, clients: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Label histograms (n, K) of ``clients`` (n,)."""
-        return self.shards.histogram(self.data.train.keys["label"], self.task.num_classes, clients).astype(np.float64)
+        """Histograms (n, K) of what ``clients`` (n,) hold of each value of the task's skew key."""
+        assert self.totals is not None, "the schedule reads counts"
+        return self.shards.histogram(self.data.train.keys[self.task.skew_key], len(self.totals), clients).astype(np.float64)
 
     def _notes(self, state: TrainState, plan: "Plan", begins: float) -> str:
         sent = self._summary_bytes(state.round)
@@ -367,9 +368,11 @@ def _lanes(task: Task, model: nn.Module, data: Splits, batch_size: int, lanes: i
 
 
 def _label_totals(task: Task, data: Splits, shards: Shards) -> NDArray[np.float64]:
-    """The fleet's label counts (K,)."""
-    if "label" not in data.train.keys:
+    """The fleet's counts (K,) of the values of the task's skew key, labels unless the task says otherwise."""
+    key = task.skew_key
+    if key not in data.train.keys:
         raise ValueError(
-            'the schedule reads label counts, and the task\'s data has no key "label"; use RandomGroup, FastestGroup or Uniform'
+            f"the schedule reads {key} counts, and the task's data has no key {key!r}; use RandomGroup, FastestGroup or Uniform"
         )
-    return shards.totals(data.train.keys["label"], task.num_classes)
+    values = data.train.keys[key]
+    return shards.totals(values, task.num_classes if key == "label" else int(values.max()) + 1)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedsim import encoding
 from fedsim.parameters import Layout
-from fedsim.pruning import Pruner, StructureMap, Submodel, structure_map
+from fedsim.pruning import Pruner, StructureMap, Submodel
 from fedsim.tasks import Task
 
 Vector = NDArray[np.floating]
@@ -58,7 +58,7 @@ class DenseModel:
         layout = Layout.of(module)
         layout.load(module, params)
         module.eval()
-        smap = structure_map(module, task.example, couple_residual=pruner.couple_residual)
+        smap = task.structures(module, couple_residual=pruner.couple_residual)
         return cls(module.to(device), smap, layout, params, encoding.digest(task, params, smap.fingerprint))
 
     def sliced(self, variant: Variant) -> nn.Module:

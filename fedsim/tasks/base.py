@@ -8,13 +8,16 @@ Exports :class:`Task`, the data it yields (:class:`Dataset`, :class:`Splits`, :c
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fedsim.pruning.structures import StructureMap
 
 
 class Batch(NamedTuple):
@@ -118,6 +121,21 @@ class Task:
         """One training input (1, ...), for tracing a model."""
         return self.data().train.batch([0]).inputs
 
+    @property
+    def skew_key(self) -> str:
+        """The key in whose values the clients of a skewed fleet differ: what upload schedules read."""
+        return "label"
+
+    def structures(self, model: nn.Module, *, couple_residual: bool = False) -> "StructureMap":
+        """What can be pruned from ``model``, built by this task."""
+        from fedsim.pruning.tracing import structure_map
+
+        return structure_map(model, self.example, couple_residual=couple_residual)
+
+    def self_targets(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """What ``model`` itself would answer (B,): targets where there are no labels."""
+        return self.logits(model, inputs).argmax(-1)
+
     def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Unnormalised log-probabilities (B, K)."""
         logits: Tensor = model(inputs)
@@ -137,6 +155,42 @@ class Task:
         except TypeError:
             return id(self)
         return self
+
+
+class Wrapped(Task):
+    """Base of tasks that change the model of ``task`` and nothing else."""
+
+    task: Task
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        return self.task.num_classes
+
+    @property
+    def example(self) -> Tensor:
+        return self.task.example
+
+    @property
+    def skew_key(self) -> str:
+        return self.task.skew_key
+
+    def load(self) -> Splits:
+        return self.task.data()
+
+    def structures(self, model: nn.Module, *, couple_residual: bool = False) -> "StructureMap":
+        return self.task.structures(model, couple_residual=couple_residual)
+
+    def self_targets(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        return self.task.self_targets(model, inputs)
+
+    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        return self.task.logits(model, inputs)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.task.losses(model, batch)
+
+    def correct(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.task.correct(model, batch)
 
 
 def hold_out(labels: NDArray[np.int64], share: float, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

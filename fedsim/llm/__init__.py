@@ -1,0 +1,25 @@
+"""Language models: tasks on text, structures, pruning that keeps reasoning, and models on disk.
+
+Names are imported where first used: most need transformers, which takes seconds to load.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "fedsim.llm.causal_lm": ("CausalLM",),
+    "fedsim.llm.decoder": ("Decoder",),
+    "fedsim.llm.saving": ("load_pruned", "save_pruned"),
+    "fedsim.llm.structures": ("language_structures",),
+    "fedsim.llm.text": ("Columns", "Documents", "JSONLines", "Parquet", "Play", "PythonSource", "TextFile", "WikiText"),
+    "fedsim.llm.tokens": ("Bytes", "Characters", "Pretrained"),
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'fedsim.llm' has no attribute {name!r}")

@@ -1,0 +1,96 @@
+"""Language models to train from scratch, by size; or from a local folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+Architecture = Literal["llama", "mistral", "qwen2", "qwen3", "opt", "gpt2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A decoder of one of the supported families, with random weights: ``layers`` of ``width``, MLPs of ``hidden``.
+
+    ``heads`` query heads of ``head_dim`` features (``None``: width / heads) read ``kv_heads`` key-value heads (``None``: their own; OPT and
+    GPT-2 have no other). ``positions`` bounds the length of texts where positions are learned. No dropout. Raises ``ValueError`` for sizes
+    the family has not.
+    """
+
+    architecture: Architecture = "llama"
+    layers: int = 4
+    width: int = 128
+    heads: int = 8
+    kv_heads: int | None = 4
+    hidden: int = 352
+    head_dim: int | None = None
+    positions: int = 2048
+    tied: bool = True
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.architecture not in get_args(Architecture):
+            raise ValueError(f"architecture must be one of {get_args(Architecture)}, got {self.architecture!r}")
+        if self.dtype not in ("float32", "float64", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32', 'float64' or 'bfloat16', got {self.dtype!r}")
+        for name in ("layers", "width", "heads", "kv_heads", "hidden", "head_dim", "positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
+        if self.architecture in ("opt", "gpt2"):
+            object.__setattr__(self, "kv_heads", None)
+            if self.head_dim is not None:
+                raise ValueError(f"head_dim follows from width and heads in {self.architecture}, got {self.head_dim!r}")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads where head_dim is not given, got {self.width} and {self.heads}")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+
+    def config(self, vocabulary: int) -> Any:
+        """The Hugging Face configuration for ``vocabulary`` tokens."""
+        from transformers import AutoConfig
+
+        common = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
+        common |= {"tie_word_embeddings": self.tied}
+        if self.architecture == "gpt2":
+            own: dict[str, Any] = {"n_embd": self.width, "n_layer": self.layers, "n_head": self.heads, "n_inner": self.hidden}
+            own |= {"n_positions": self.positions, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        else:
+            own = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": self.heads}
+            own |= {"max_position_embeddings": self.positions}
+            if self.architecture == "opt":
+                own |= {"ffn_dim": self.hidden, "word_embed_proj_dim": self.width, "dropout": 0.0}
+            else:
+                own |= {"intermediate_size": self.hidden, "num_key_value_heads": self.kv_heads or self.heads}
+                own |= {"head_dim": self.head_dim or self.width // self.heads}
+        return AutoConfig.for_model(self.architecture, **common, **own)
+
+
+def built(model: Decoder | str, vocabulary: int) -> nn.Module:
+    """A Hugging Face causal language model that keeps no cache unless asked to.
+
+    Raises ``ValueError`` for an unsupported architecture, a folder without a model, or a vocabulary larger than the model's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from fedsim.llm.families import family_of
+
+    if isinstance(model, Decoder):
+        fresh: nn.Module = AutoModelForCausalLM.from_config(model.config(vocabulary), dtype=getattr(torch, model.dtype))  # type: ignore[no-untyped-call]
+        return fresh
+    if not Path(model).is_dir():
+        raise ValueError(f"model must be a Decoder or a local folder, got {model!r}")
+    try:
+        found: nn.Module = AutoModelForCausalLM.from_pretrained(model, local_files_only=True, use_safetensors=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{model} holds no causal language model that can be read: {error}") from error
+    family_of(found)
+    config: Any = found.config
+    if config.vocab_size < vocabulary:
+        raise ValueError(
+            f"the tokenizer has {vocabulary} tokens, the model in {model} knows {config.vocab_size}; they do not belong together"
+        )
+    config.use_cache = False
+    return found

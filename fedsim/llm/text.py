@@ -1,0 +1,236 @@
+"""Where text comes from: files, tables and the standard library, as documents with authors.
+
+A source is a small value with ``read() -> Documents``; it names its files, so that a run's configuration does too.
+
+Exports: Columns, Documents, JSONLines, Parquet, Play, PythonSource, Source, TextFile, WikiText.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts, and the author of each (none: nobody). A source too: what it reads is itself."""
+
+    texts: tuple[str, ...]
+    authors: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "texts", tuple(self.texts))
+        object.__setattr__(self, "authors", tuple(self.authors))
+        if not any(self.texts):
+            raise ValueError("there is no text in the documents")
+        if self.authors and len(self.authors) != len(self.texts):
+            raise ValueError(f"there must be an author for each of {len(self.texts)} texts, or none; got {len(self.authors)}")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __repr__(self) -> str:
+        return f"Documents({len(self)} texts of {sum(map(len, self.texts))} characters)"
+
+    def read(self) -> "Documents":
+        return self
+
+
+class Source(Protocol):
+    """Anything that documents can be read from."""
+
+    def read(self) -> Documents: ...
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A plain text file: a document for each ``size`` characters (cut after a line), or for each paragraph with ``size=None``."""
+
+    path: str
+    size: int | None = 2000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"size must be at least 1 character, got {self.size!r}")
+
+    def read(self) -> Documents:
+        text = _text(self.path)
+        if self.size is None:
+            return _documents((p for p in re.split(r"\n\s*\n", text) if p.strip()), self.path)
+        return _documents(_pieces(text, self.size), self.path)
+
+
+@dataclass(frozen=True)
+class WikiText:
+    """A file of the WikiText corpora: a document for each article, whose heading is `` = Title = ``."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+
+    def read(self) -> Documents:
+        articles = re.split(r"(?m)^(?= = [^=].*[^=] = $)", _text(self.path))
+        return _documents((a.strip() for a in articles if a.strip()), self.path)
+
+
+@dataclass(frozen=True)
+class Play:
+    """A play: a document for each speech, whose author is the speaker named on the line before it (``ROMEO:``). ``speakers`` keeps only theirs."""
+
+    path: str
+    speakers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+        object.__setattr__(self, "speakers", tuple(self.speakers))
+
+    def read(self) -> Documents:
+        parts = re.split(r"(?m)^([A-Z][A-Za-z' ]*):\n", _text(self.path))
+        speeches = [(name, speech.strip()) for name, speech in zip(parts[1::2], parts[2::2], strict=True) if speech.strip()]
+        if self.speakers:
+            known = {name for name, _ in speeches}
+            if missing := sorted(set(self.speakers) - known):
+                raise ValueError(f"speakers {missing} say nothing in {self.path}; its speakers are {sorted(known)[:20]} ...")
+            speeches = [s for s in speeches if s[0] in self.speakers]
+        return _documents((speech for _, speech in speeches), self.path, tuple(name for name, _ in speeches))
+
+
+@dataclass(frozen=True)
+class JSONLines:
+    """A file with a JSON object a line, its text under ``text`` and its author, if any, under ``author``."""
+
+    path: str
+    text: str = "text"
+    author: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+
+    def read(self) -> Documents:
+        rows = []
+        for number, line in enumerate(filter(str.strip, _text(self.path).splitlines()), 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} of {self.path} is no JSON: {error}") from error
+        return _of_columns(_JSONColumns(rows, self.path), self.text, self.author, self.path)
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """A Parquet file with the column ``text`` and, if named, ``author``."""
+
+    path: str
+    text: str = "text"
+    author: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+
+    def read(self) -> Documents:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not Path(self.path).is_file():
+            raise FileNotFoundError(f"no such file: {self.path}")
+        try:
+            table = pq.read_table(self.path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{self.path} is not a readable Parquet file: {error}") from error
+        return _of_columns({n: table.column(n).to_pylist() for n in table.column_names}, self.text, self.author, self.path)
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Anything with named columns, such as a Hugging Face ``Dataset``."""
+
+    table: Any
+    text: str = "text"
+    author: str | None = None
+
+    def read(self) -> Documents:
+        names = getattr(self.table, "column_names", None) or list(self.table)
+        return _of_columns({n: self.table[n] for n in names}, self.text, self.author, "the table")
+
+
+@dataclass(frozen=True)
+class PythonSource:
+    """Code: the Python modules of the standard library whose names are given, a document for each ``size`` characters."""
+
+    modules: tuple[str, ...] = (
+        "argparse",
+        "ast",
+        "csv",
+        "dataclasses",
+        "difflib",
+        "fractions",
+        "heapq",
+        "json.decoder",
+        "shutil",
+        "tarfile",
+    )
+    size: int = 2000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", tuple(self.modules))
+
+    def read(self) -> Documents:
+        from importlib.util import find_spec
+
+        texts: list[str] = []
+        for name in self.modules:
+            spec = find_spec(name)
+            if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+                raise ValueError(f"modules names {name!r}, which has no Python source here")
+            texts += _pieces(_text(spec.origin), self.size)
+        return Documents(tuple(texts))
+
+
+class _JSONColumns(dict[str, list[Any]]):
+    def __init__(self, rows: Sequence[Any], path: str):
+        super().__init__({n: [row.get(n) for row in rows] for n in dict.fromkeys(key for row in rows for key in row)})
+
+
+def _of_columns(columns: Any, text: str, author: str | None, where: str) -> Documents:
+    for name in (text, author):
+        if name is not None and name not in columns:
+            raise ValueError(f"{where} has no column {name!r}; its columns are {', '.join(columns)}")
+    texts = list(columns[text])
+    for number, found in enumerate(texts):
+        if not isinstance(found, str):
+            raise ValueError(f"row {number} of column {text!r} of {where} must be text, got {found!r}")
+    return _documents(texts, where, () if author is None else tuple(map(str, columns[author])))
+
+
+def _documents(texts: Any, where: str, authors: tuple[str, ...] = ()) -> Documents:
+    found = tuple(texts)
+    if not any(found):
+        raise ValueError(f"there is no text in {where}")
+    return Documents(found, authors)
+
+
+def _text(path: str) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Runs of whole lines, each ended by the first line that brings it to ``size`` characters."""
+    piece: list[str] = []
+    length = 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        length += len(line)
+        if length >= size:
+            yield "".join(piece)
+            piece, length = [], 0
+    if length:
+        yield "".join(piece)
