@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -125,7 +126,7 @@ def test_a_fleet_learns_to_write(communication):
         seed=0,
         **settings,
     )
-    losses = [record.test_loss for record in fs.run(simulation, fs.SerialExecutor()) if isinstance(record, fs.Round)]
+    losses = [record.test_loss for record in islice(fs.run(simulation, fs.SerialExecutor()), 8)]
     assert losses[-1] < 0.8 * losses[0]
 
 
