@@ -19,7 +19,7 @@ _EXPORTS = {
         "Geometric", "Gradual", "InGroups", "InRegion", "Incremental", "Invert", "LabelNoise", "LabelSwap", "OnDevices", "Rotation",
         "Spreading", "Staggered", "UniformStart",
     ),
-    "fedsim.errors": ("CapacityError", "CheckpointError", "ClientError", "DivergedError", "FedsimError", "WorkerError"),
+    "fedsim.errors": ("CapacityError", "CheckpointError", "ClientError", "CollapsedError", "DivergedError", "FedsimError", "WorkerError"),
     "fedsim.fleet": ("DeviceClass", "Fleet"),
     "fedsim.monitoring": ("Monitoring",),
     "fedsim.partition": ("IID", "ByKey", "BySize", "Dirichlet", "LabelShards"),

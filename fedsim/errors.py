@@ -50,3 +50,7 @@ class WorkerError(FedsimError):
 
 def _rebuild(kind: type[DivergedError] | type[ClientError], message: str, client: int, round: int, step: int | None) -> Exception:
     return kind(message, client=client, round=round, step=step)
+
+
+class CollapsedError(FedsimError):
+    """A pruned language model no longer ends what it writes, so it cannot be calibrated on it."""

@@ -203,8 +203,8 @@ def _reprune(job: Job, shared: Mapping[str, Any], dense: DenseModel, stale: Vari
     if action.labels == "self":
         window = window._replace(targets=_predicted(task, dense, window.inputs))
     batches = [Batch(*(part[i : i + _BATCH] for part in window)) for i in range(0, len(window.inputs), _BATCH)]
-    submodel = pruner.trajectory(dense.module, dense.smap, task.losses, batches).at(pruner.levels[job.level])
-    flops = 3.0 * Submodel.dense(dense.smap).flops(dense.smap) * len(window.inputs) * pruner.plan()[1]
+    trajectory = pruner.trajectory(dense.module, dense.smap, task.losses, batches, deployed=dense.sliced(stale))
+    submodel, flops = trajectory.at(pruner.levels[job.level]), pruner.flops(dense.smap, len(window.inputs))
     if action.tune_steps == 0:
         return Variant(submodel), flops
     small = dense.sliced(Variant(submodel))

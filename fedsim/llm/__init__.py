@@ -7,8 +7,13 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
+    "fedsim.llm.arithmetic": ("Arithmetic",),
     "fedsim.llm.causal_lm": ("CausalLM",),
     "fedsim.llm.decoder": ("Decoder",),
+    "fedsim.llm.generation": ("Trace", "generate"),
+    "fedsim.llm.reasoning": ("GSM8K", "MathQA", "Problems", "exact_match"),
+    "fedsim.llm.reasoning_task": ("Reasoning",),
+    "fedsim.llm.resp": ("RESP",),
     "fedsim.llm.saving": ("load_pruned", "save_pruned"),
     "fedsim.llm.structures": ("language_structures",),
     "fedsim.llm.text": ("Columns", "Documents", "JSONLines", "Parquet", "Play", "PythonSource", "TextFile", "WikiText"),

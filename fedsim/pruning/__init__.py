@@ -1,6 +1,6 @@
 """Structured pruning: structures, importance, nested trajectories, submodels and surgery."""
 
-from fedsim.pruning.baselines import Magnitude, OneShot, Random
+from fedsim.pruning.baselines import FLAP, LLMPruner, Magnitude, OneShot, Random, ShortGPT, Uniform, WandaSP, compensate
 from fedsim.pruning.gisp import GISP
 from fedsim.pruning.importance import FirstOrder
 from fedsim.pruning.schedule import Pruner
@@ -10,16 +10,22 @@ from fedsim.pruning.tracing import structure_map
 from fedsim.pruning.trajectory import PruningTrajectory
 
 __all__ = [
+    "FLAP",
     "GISP",
     "FirstOrder",
+    "LLMPruner",
     "Magnitude",
     "OneShot",
     "Pruner",
     "PruningTrajectory",
     "Random",
+    "ShortGPT",
     "Structure",
     "StructureMap",
     "Submodel",
+    "Uniform",
+    "WandaSP",
+    "compensate",
     "lacking",
     "structure_map",
 ]

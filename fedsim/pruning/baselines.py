@@ -1,15 +1,24 @@
-"""What GISP must beat: a random order, weight magnitude, and one look at the gradients."""
+"""What GISP must beat: a random order, weight magnitude, one look at the gradients, and published rules that look at activations.
 
-from collections.abc import Sequence
+Exports: FLAP, LLMPruner, Magnitude, OneShot, Random, ShortGPT, Uniform, WandaSP, compensate.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from fedsim.pruning.activations import Moments, moments
+from fedsim.pruning.gradients import finite_losses
 from fedsim.pruning.importance import FirstOrder, Importance, Objective, Scores
 from fedsim.pruning.schedule import Pruner
-from fedsim.pruning.structures import Bools, StructureMap
+from fedsim.pruning.structures import Bools, Member, StructureMap
+from fedsim.pruning.submodel import Submodel
 from fedsim.randomness import rng_for
 
 
@@ -39,6 +48,162 @@ class OneShot(Pruner):
 
     def plan(self) -> tuple[Importance, int]:
         return self.importance, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMPruner(Pruner):
+    """LLM-Pruner (arXiv:2305.11627): one look at the mean over examples of |weight x gradient|, the ends of a deep stack protected."""
+
+    protect_first: float = 0.125
+    protect_last: int = 2
+
+    def plan(self) -> tuple[Importance, int]:
+        return FirstOrder(aggregate="sum_abs", normalise="none", reduce="abs_then_mean"), 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandaSP(Pruner):
+    """Wanda-sp, Wanda (arXiv:2306.11695) for structures: the same share of every block leaves, by |weight| x norm of the input it meets.
+
+    A structure scores the sum over its columns of mean |weight| x the column's norm over the calibration set.
+    """
+
+    def plan(self) -> tuple[Importance, int]:
+        return _Evenly(_WeightsMeetInputs()), 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FLAP(Pruner):
+    """FLAP (arXiv:2312.11983): structures whose inputs fluctuate least leave, and a bias can stand in for their mean (:func:`compensate`).
+
+    A structure scores the mean over its columns of variance x squared norm of the column, standardised within its block, then ranked
+    over the whole model.
+    """
+
+    def plan(self) -> tuple[Importance, int]:
+        return _Fluctuation(), 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortGPT(Pruner):
+    """ShortGPT (arXiv:2403.03853): whole layers leave, those first that turn their input least (1 - mean cosine of input and output).
+
+    Needs a map of layers, ``language_structures(model, tokens, units=("layer",))``.
+    """
+
+    def plan(self) -> tuple[Importance, int]:
+        return _BlockInfluence(), 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Pruner):
+    """The order of ``base`` inside every block, the same share of each: what a global ranking must beat."""
+
+    base: Pruner
+
+    def plan(self) -> tuple[Importance, int]:
+        importance, steps = self.base.plan()
+        return _Evenly(importance), steps
+
+
+def compensate(small: nn.Module, model: nn.Module, smap: StructureMap, submodel: Submodel, seen: Mapping[str, Moments]) -> None:
+    """Add to the consumers of ``small``, cut from ``model`` by ``submodel``, the mean of what they no longer read, as a bias.
+
+    ``seen`` are :func:`fedsim.pruning.activations.moments` of the dense model. A consumer without a bias gets one, so a saved folder
+    needs an architecture that has it. Raises ``ValueError`` for convolutions, whose borders have other means.
+    """
+    kept = submodel.checked(smap)
+    for number, block in enumerate(smap.blocks):
+        for member in block.members:
+            leaving = smap.positions(number, member, kept)[1]
+            if member.role == "consumer" and len(leaving):
+                _add_bias(small.get_submodule(member.weight.rpartition(".")[0]), model, member, leaving, seen[member.weight])
+
+
+def _add_bias(consumer: Any, model: nn.Module, member: Member, leaving: Any, seen: Moments) -> None:
+    weight = model.get_parameter(member.weight).detach()
+    if weight.ndim != 2:
+        raise ValueError(f"{member.weight} is a convolution, whose borders read other means; a bias cannot stand in for its inputs")
+    columns = torch.from_numpy(leaving).to(weight.device)
+    lost = weight.index_select(member.dim, columns).double().movedim(member.dim, 0).T @ seen.mean[columns]
+    old = torch.zeros_like(lost) if consumer.bias is None else consumer.bias.detach().double()
+    consumer.bias = nn.Parameter((old + lost).to(weight.dtype))
+
+
+@dataclass(frozen=True)
+class _Evenly:
+    """Ranks of ``base`` inside each block over its size, so that all blocks lose the same share at every level."""
+
+    base: Importance
+
+    def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
+        found = self.base.scores(model, smap, objective, batches, kept)
+        shares = np.zeros(len(smap))
+        for start, stop in pairwise(smap.starts.tolist()):
+            order = np.argsort(np.where(kept[start:stop], found[start:stop], -np.inf), kind="stable")
+            shares[start + order] = (np.arange(stop - start) + 1) / (stop - start)
+        return shares
+
+
+@dataclass(frozen=True)
+class _WeightsMeetInputs:
+    def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
+        seen = moments(model, smap, objective, batches)
+        return _by_columns(model, smap, seen, lambda weight, m: weight.abs().mean(1) * m.norm, mean=False)
+
+
+@dataclass(frozen=True)
+class _Fluctuation:
+    def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
+        seen = moments(model, smap, objective, batches)
+        raw = _by_columns(model, smap, seen, lambda weight, m: (weight**2).sum(1) * m.variance, mean=True)
+        standard = np.zeros(len(smap))
+        for start, stop in pairwise(smap.starts.tolist()):
+            spread = raw[start:stop].std(ddof=1) if stop - start > 1 else 0.0
+            standard[start:stop] = (raw[start:stop] - raw[start:stop].mean()) / (spread if spread > 0 else 1.0)
+        return np.asarray(standard - standard.min())
+
+
+def _by_columns(
+    model: nn.Module, smap: StructureMap, seen: Mapping[str, Moments], figure: Callable[[Tensor, Moments], Tensor], *, mean: bool
+) -> Scores:
+    """Scores (S,) added up (or averaged) over a structure's columns from the ``figure`` (F,) of each; weights come as (F, rest)."""
+    total = np.zeros(len(smap))
+    for number, block in enumerate(smap.blocks):
+        for member in block.members:
+            if member.role == "consumer":
+                weight = model.get_parameter(member.weight).detach().double().movedim(member.dim, 0).flatten(1)
+                columns = figure(weight, seen[member.weight]).cpu().numpy()[member.positions]
+                total[smap.starts[number] : smap.starts[number + 1]] += columns.mean(1) if mean else columns.sum(1)
+    return total
+
+
+@dataclass(frozen=True)
+class _BlockInfluence:
+    def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
+        if any(block.kind != "layer" for block in smap.blocks):
+            raise ValueError("ShortGPT removes whole layers and needs a map of them; make it with units=('layer',)")
+        sums, numbers = np.zeros(len(smap)), np.zeros(len(smap))
+
+        def watch(number: int) -> Any:
+            def take(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+                before: Tensor = args[0] if args else kwargs["hidden_states"]
+                after: Tensor = output if isinstance(output, Tensor) else output[0]
+                cosines = F.cosine_similarity(before.double(), after.double(), dim=-1)
+                sums[number] += float(cosines.sum())
+                numbers[number] += cosines.numel()
+
+            return take
+
+        handles = [model.get_submodule(block.name).register_forward_hook(watch(i), with_kwargs=True) for i, block in enumerate(smap.blocks)]
+        try:
+            with torch.no_grad():
+                for number, batch in enumerate(batches):
+                    finite_losses(objective, model, batch, number)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return np.asarray(1 - sums / np.maximum(numbers, 1))
 
 
 @dataclass(frozen=True)

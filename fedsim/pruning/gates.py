@@ -70,7 +70,7 @@ def _factors(module: nn.Module, smap: StructureMap, block: int, member: Member, 
     weight = module.get_parameter(member.weight.rpartition(".")[2])
     factors = torch.ones(weight.shape[member.dim], dtype=weight.dtype, device=weight.device)
     factors[torch.from_numpy(leaving).to(weight.device)] = 0
-    return factors.view(-1, *([1] * (weight.ndim - 2))) if _is_convolution(module) else factors
+    return factors.view(-1, *([1] * (weight.ndim - 2))) if is_convolution(module) else factors
 
 
 def _gate(taps: list[Tap], block: int, member: Member, factors: Tensor | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -78,7 +78,7 @@ def _gate(taps: list[Tap], block: int, member: Member, factors: Tensor | None, m
     output = value.view_as(value) if factors is None else value * factors
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_(True)
-    taps.append(Tap(block, member, 1 if _is_convolution(module) else -1, value.detach(), output))
+    taps.append(Tap(block, member, 1 if is_convolution(module) else -1, value.detach(), output))
     return (output, *args[1:])
 
 
@@ -86,5 +86,6 @@ def _scaled(factors: Tensor, module: nn.Module, args: tuple[Any, ...]) -> tuple[
     return (args[0] * factors, *args[1:])
 
 
-def _is_convolution(module: nn.Module) -> bool:
+def is_convolution(module: nn.Module) -> bool:
+    """Whether channels lie along axis 1."""
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)

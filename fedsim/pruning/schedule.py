@@ -93,6 +93,10 @@ class Pruner:
         with evaluating(model):
             return self._remove(model, smap, objective, batches, deployed, start)
 
+    def flops(self, smap: StructureMap, examples: int) -> float:
+        """FLOPs of a trajectory calibrated on ``examples``: a forward and a backward pass of the dense model in every step."""
+        return 3.0 * float(smap.cost("flops", np.zeros(len(smap.blocks), np.int64))) * examples * self.plan()[1]
+
     def calibration_for(self, batches: Sequence[Any], progress: Progress) -> Sequence[Any]:
         """What a step calibrates on, given what the step before did; the same again unless a method renews it."""
         return batches

@@ -8,13 +8,14 @@ from fedsim.tasks.images import Images, Pictures
 
 if TYPE_CHECKING:
     from fedsim.llm.causal_lm import CausalLM as CausalLM
+    from fedsim.llm.reasoning_task import Reasoning as Reasoning
 
-__all__ = ["Batch", "CausalLM", "Dataset", "Digits", "Images", "Pictures", "Splits", "Task"]
+__all__ = ["Batch", "CausalLM", "Dataset", "Digits", "Images", "Pictures", "Reasoning", "Splits", "Task"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CausalLM":
-        from fedsim.llm.causal_lm import CausalLM
+    if name in ("CausalLM", "Reasoning"):
+        from fedsim import llm
 
-        return CausalLM
+        return getattr(llm, name)
     raise AttributeError(f"module 'fedsim.tasks' has no attribute {name!r}")

@@ -1,0 +1,204 @@
+"""Problems that are solved by writing: their readers, what counts as an answer, and how often a model gets it right.
+
+Answers are parsed strictly (the form the data set states) and leniently (the last number or option). A trace that never ended is wrong
+and counted as unfinished; one without an answer is wrong and counted as unparsed. GSM8K: Cobbe et al. (2021), arXiv:2110.14168;
+MathQA: Amini et al. (2019), arXiv:1905.13319.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.llm.generation import Trace
+from fedsim.llm.tokens import Tokenizer
+
+Answer = Decimal | str
+_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+_THOUGHT = "</think>"
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Questions, solutions written out, and the style of each (a number into ``styles``). A source too: what it reads is itself."""
+
+    questions: tuple[str, ...]
+    solutions: tuple[str, ...]
+    style: tuple[int, ...] = ()
+    styles: tuple[str, ...] = ("",)
+
+    def __post_init__(self) -> None:
+        if not self.questions or len(self.questions) != len(self.solutions):
+            raise ValueError(f"there must be a solution for each question, got {len(self.questions)} and {len(self.solutions)}")
+        if self.style and (len(self.style) != len(self.questions) or not 0 <= min(self.style) <= max(self.style) < len(self.styles)):
+            raise ValueError(f"style must hold a number below {len(self.styles)} for each of {len(self.questions)} questions")
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __repr__(self) -> str:
+        return f"Problems({len(self)} in {len(self.styles)} styles)"
+
+    def read(self) -> "Problems":
+        return self
+
+
+@dataclass(frozen=True)
+class GSM8K:
+    """The JSON lines of GSM8K: ``question``, and ``answer`` that ends in ``#### number``."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+
+    def read(self) -> Problems:
+        rows = [json.loads(line) for line in _read(self.path).splitlines() if line.strip()]
+        questions, solutions = _column(rows, "question", self.path), _column(rows, "answer", self.path)
+        for number, solution in enumerate(solutions):
+            if gsm8k_answer(solution) is None:
+                raise ValueError(f"the answer of problem {number} of {self.path} does not end in '#### number'")
+        return Problems(tuple(questions), tuple(solutions))
+
+
+@dataclass(frozen=True)
+class MathQA:
+    """The JSON list of MathQA: ``Problem``, ``options``, ``Rationale`` and ``correct``, a letter."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+
+    def read(self) -> Problems:
+        rows = json.loads(_read(self.path))
+        problems, options, reasons, right = (_column(rows, n, self.path) for n in ("Problem", "options", "Rationale", "correct"))
+        for number, (offered, letter) in enumerate(zip(options, right, strict=True)):
+            if letter.lower() not in mathqa_options(offered):
+                raise ValueError(f"problem {number} of {self.path} offers no option {letter!r}: {offered!r}")
+        questions = (f"{problem}\n{offered}" for problem, offered in zip(problems, options, strict=True))
+        solutions = (f"{reason}\nThe answer is ({letter.lower()})." for reason, letter in zip(reasons, right, strict=True))
+        return Problems(tuple(questions), tuple(solutions))
+
+
+def gsm8k_answer(text: str) -> Decimal | None:
+    """The number of the last ``#### number`` of ``text``.
+
+    >>> gsm8k_answer("so 3 * 6 = 18 eggs\\n#### 1,800.0") == 1800
+    True
+    """
+    found = re.findall(rf"#### *({_NUMBER})", text)
+    return _number(found[-1]) if found else None
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of ``text``, after the closing think tag where there is one.
+
+    >>> last_number("It costs $5. Or 1,000?")
+    Decimal('1000')
+    """
+    found = re.findall(_NUMBER, text.rpartition(_THOUGHT)[2])
+    return _number(found[-1]) if found else None
+
+
+def hash_answer(text: str) -> Decimal | None:
+    """The number after the last ``#`` of ``text``, as in :class:`fedsim.llm.arithmetic.Arithmetic`."""
+    found = re.findall(rf"#({_NUMBER})", text)
+    return _number(found[-1]) if found else None
+
+
+def mathqa_options(offered: str) -> dict[str, str]:
+    """Options by letter.
+
+    >>> mathqa_options("a ) 38 , b ) 27.675 , c ) none of these")
+    {'a': '38', 'b': '27.675', 'c': 'none of these'}
+    """
+    parts = re.split(r"(?:^|,)\s*([a-e])\s*\)", offered.strip())
+    return {letter: value.strip().rstrip(",").strip() for letter, value in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def choice(text: str) -> str | None:
+    """The last ``answer is (x)`` of ``text``, in lower case."""
+    found = re.findall(r"(?i)answer\s+is\s*:?\s*\(?\s*([a-e])\b", text.rpartition(_THOUGHT)[2])
+    return found[-1].lower() if found else None
+
+
+def lenient_choice(text: str, options: dict[str, str] | None = None) -> str | None:
+    """:func:`choice`, else the last single letter of an option, else the one option equal to the last number of ``text``."""
+    text = text.rpartition(_THOUGHT)[2]
+    if (stated := choice(text)) is not None:
+        return stated
+    if letters := re.findall(r"(?i)(?<![\w'])\(?([a-e])\)?(?![\w'])", text):
+        return str(letters[-1]).lower()
+    number = last_number(text)
+    equal = [letter for letter, value in (options or {}).items() if number is not None and last_number(value) == number]
+    return equal[0] if len(equal) == 1 else None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares of ``number`` problems solved (strictly and leniently parsed), ``unparsed`` and ``unfinished``; ``length`` is tokens a trace."""
+
+    strict: float
+    lenient: float
+    unparsed: float
+    unfinished: float
+    length: float
+    number: int
+
+
+def exact_match(
+    traces: Sequence[Trace],
+    solutions: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    strict: Callable[[str], Answer | None] = gsm8k_answer,
+    lenient: Callable[[str], Answer | None] = last_number,
+) -> Score:
+    """How many ``traces`` end in the answer of their solution. Raises ``ValueError`` for none, or for a solution without an answer."""
+    if not traces or len(traces) != len(solutions):
+        raise ValueError(f"there must be a solution for each trace, and one at least, got {len(traces)} and {len(solutions)}")
+    right = np.zeros((2, len(traces)), np.bool_)
+    unparsed = 0
+    for number, (trace, solution) in enumerate(zip(traces, solutions, strict=True)):
+        gold = strict(solution)
+        if gold is None:
+            raise ValueError(f"solution {number} has no answer: {solution!r}")
+        if trace.finished:
+            text = tokenizer.decode(trace.tokens)
+            found = strict(text), lenient(text)
+            unparsed += found[1] is None
+            right[:, number] = [answer == gold for answer in found]
+    return Score(
+        strict=float(right[0].mean()),
+        lenient=float(right[1].mean()),
+        unparsed=unparsed / len(traces),
+        unfinished=sum(not t.finished for t in traces) / len(traces),
+        length=float(np.mean([len(t.tokens) for t in traces])),
+        number=len(traces),
+    )
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        return Decimal(text.replace(",", "").replace("$", ""))
+    except InvalidOperation:
+        return None
+
+
+def _read(path: str) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _column(rows: Sequence[Any], name: str, path: str) -> list[str]:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get(name), str):
+            raise ValueError(f"problem {number} of {path} has no text {name!r}, got {row if not isinstance(row, dict) else sorted(row)}")
+    return [row[name] for row in rows]
