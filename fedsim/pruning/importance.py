@@ -140,8 +140,9 @@ def _gate_scores(
         for number, batch in enumerate(batches):
             taps.clear()
             losses = finite_losses(objective, model, batch, number)
-            gradients = torch.autograd.grad(losses.sum(), [tap.output for tap in taps], materialize_grads=True, allow_unused=True)
-            moved = _block_products(smap, taps, gradients, positionwise=positionwise)
+            seen = list(taps)  # a checkpointed layer runs again in the backward pass, and its hooks with it
+            gradients = torch.autograd.grad(losses.sum(), [tap.output for tap in seen], materialize_grads=True, allow_unused=True)
+            moved = _block_products(smap, seen, gradients, positionwise=positionwise)
             if each:
                 moved = [m.abs() for m in moved]
             batch_sum = torch.cat([m.sum(0, dtype=torch.float64).cpu() for m in moved]).numpy()

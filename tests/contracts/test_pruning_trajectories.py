@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.encoding import load, save
 from fedsim.parameters import Layout
-from fedsim.pruning import GISP, FirstOrder, Magnitude, OneShot, Pruner, PruningTrajectory, Random, StructureMap, Submodel, structure_map
+from fedsim.pruning import FLAP, GISP, FirstOrder, LLMPruner, Magnitude, OneShot, Pruner, PruningTrajectory, Random, StructureMap, Submodel, Uniform, WandaSP, structure_map
 
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.7)
 
@@ -96,6 +96,11 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "one-shot": OneShot,
     "magnitude": Magnitude,
     "random": lambda **fields: Random(seed=3, **fields),
+    "cut-out": lambda **fields: GISP(steps=3, importance=FirstOrder(compact=True), **fields),
+    "wanda-sp": WandaSP,
+    "flap": FLAP,
+    "llm-pruner": LLMPruner,
+    "uniform": lambda **fields: Uniform(base=GISP(levels=(0.2,), steps=1), **fields),
 }
 
 
