@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedsim.errors import DivergedError
 from fedsim.parameters import Layout
-from fedsim.pruning import Submodel
+from fedsim.pruning import Submodel, regrown
 from fedsim.submodels import DenseModel, Variant, dense_model
 from fedsim.tasks import Batch, Task
 
@@ -33,7 +33,10 @@ _BATCH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Reprune:
-    """A new submodel at the client's level, from the dense model (``mode="restart"``), calibrated on ``window`` examples.
+    """A new submodel at the client's level, calibrated on ``window`` examples.
+
+    ``mode="restart"`` prunes the dense model anew; "regrow" starts from the deployed structures and swaps what pays
+    (:func:`fedsim.pruning.regrown`), so less has to be shipped.
 
     ``labels="self"`` takes the dense model's predictions as targets, "true" the labels; ``gate`` says by which of the two the held-out third
     is judged. ``tune_steps`` Adam steps at ``lr``
@@ -42,7 +45,7 @@ class Reprune:
 
     labels: Literal["self", "true"] = "self"
     gate: Literal["true", "self"] = "true"
-    mode: Literal["restart"] = "restart"
+    mode: Literal["restart", "regrow"] = "restart"
     tune_steps: int = 0
     lr: float = 1e-3
     window: int = 64
@@ -50,7 +53,7 @@ class Reprune:
     def __post_init__(self) -> None:
         _check_choice("labels", self.labels, ("self", "true"))
         _check_choice("gate", self.gate, ("true", "self"))
-        _check_choice("mode", self.mode, ("restart",))
+        _check_choice("mode", self.mode, ("restart", "regrow"))
         _check_numbers(self, tune_steps=0)
 
 
@@ -203,8 +206,12 @@ def _reprune(job: Job, shared: Mapping[str, Any], dense: DenseModel, stale: Vari
     if action.labels == "self":
         window = window._replace(targets=_predicted(task, dense, window.inputs))
     batches = [Batch(*(part[i : i + _BATCH] for part in window)) for i in range(0, len(window.inputs), _BATCH)]
-    trajectory = pruner.trajectory(dense.module, dense.smap, task.losses, batches, deployed=dense.sliced(stale))
-    submodel, flops = trajectory.at(pruner.levels[job.level]), pruner.flops(dense.smap, len(window.inputs))
+    if action.mode == "regrow":
+        found = regrown(pruner, dense.module, dense.smap, task.losses, batches, stale.submodel)
+        submodel, flops = found.submodel, float(found.passes) * Submodel.dense(dense.smap).flops(dense.smap) * len(window.inputs)
+    else:
+        trajectory = pruner.trajectory(dense.module, dense.smap, task.losses, batches, deployed=dense.sliced(stale))
+        submodel, flops = trajectory.at(pruner.levels[job.level]), pruner.flops(dense.smap, len(window.inputs))
     if action.tune_steps == 0:
         return Variant(submodel), flops
     small = dense.sliced(Variant(submodel))

@@ -3,6 +3,7 @@
 from fedsim.pruning.baselines import FLAP, LLMPruner, Magnitude, OneShot, Random, ShortGPT, Uniform, WandaSP, compensate
 from fedsim.pruning.gisp import GISP
 from fedsim.pruning.importance import FirstOrder
+from fedsim.pruning.regrowth import Regrown, regrown
 from fedsim.pruning.schedule import Pruner
 from fedsim.pruning.structures import Structure, StructureMap
 from fedsim.pruning.submodel import Submodel, lacking
@@ -19,6 +20,7 @@ __all__ = [
     "Pruner",
     "PruningTrajectory",
     "Random",
+    "Regrown",
     "ShortGPT",
     "Structure",
     "StructureMap",
@@ -27,5 +29,6 @@ __all__ = [
     "WandaSP",
     "compensate",
     "lacking",
+    "regrown",
     "structure_map",
 ]

@@ -39,8 +39,7 @@ def weight_scores(
 
     ``each`` averages absolute gradients of single examples. ``gradient_bytes`` bounds the accumulators held at once (one weight's at least).
     """
-    owned = {m.weight for b in smap.blocks for m in b.members}
-    weights = {w.name: model.get_parameter(w.name) for w in smap.weights if w.parameter and w.name in owned}
+    weights = owned_weights(model, smap)
     total = np.zeros(len(smap))
     for names in _turns(weights, gradient_bytes, 2 if aggregate == "taylor2" else 1):
         fold = _Fold(aggregate, each, smap, total, {name: weights[name] for name in names}, _number_of_examples(batches))
@@ -106,13 +105,34 @@ class _Fold:
         first = weight * (summed / self.examples)
         if self.aggregate == "taylor2":
             first = first - 0.5 * weight**2 * (self.squares.pop(name) / self.examples)
-        importance = first**2 if self.aggregate == "sum_squares" else first.abs()
-        for number, block in enumerate(self.smap.blocks):
-            for member in block.members:
-                if member.weight == name:
-                    rows = importance.movedim(member.dim, 0).flatten(1).sum(1) if importance.ndim > 1 else importance
-                    owned = rows[torch.from_numpy(member.positions).to(rows.device)].double().sum(1)
-                    self.total[self.smap.starts[number] : self.smap.starts[number + 1]] += owned.cpu().numpy()
+        add_by_structure(self.total, self.smap, name, first**2 if self.aggregate == "sum_squares" else first.abs())
+
+
+def add_by_structure(total: Scores, smap: StructureMap, name: str, importance: Tensor) -> None:
+    """Add to ``total`` (S,) the importance of every scalar of the weight ``name`` that a structure owns."""
+    for number, block in enumerate(smap.blocks):
+        for member in block.members:
+            if member.weight == name:
+                rows = importance.movedim(member.dim, 0).flatten(1).sum(1) if importance.ndim > 1 else importance
+                owned = rows[torch.from_numpy(member.positions).to(rows.device)].double().sum(1)
+                total[smap.starts[number] : smap.starts[number + 1]] += owned.cpu().numpy()
+
+
+def batch_gradients(model: nn.Module, smap: StructureMap, objective: Objective, batch: Any, number: int) -> dict[str, Tensor]:
+    """Gradients of the summed loss of calibration batch ``number``, for every weight that structures own, in float32 or wider."""
+    weights = owned_weights(model, smap)
+    with _only(model, weights.values()):
+        losses = finite_losses(objective, model, batch, number)
+        found = torch.autograd.grad(losses.sum(), list(weights.values()), materialize_grads=True, allow_unused=True)
+    if not all(bool(g.sum().isfinite()) for g in found):
+        raise FedsimError(f"a gradient became non-finite in calibration batch {number}; nothing was pruned")
+    return {name: g.to(_wide(g)) for name, g in zip(weights, found, strict=True)}
+
+
+def owned_weights(model: nn.Module, smap: StructureMap) -> dict[str, nn.Parameter]:
+    """Parameters that structures own, by name, in the order of the map."""
+    owned = {m.weight for b in smap.blocks for m in b.members}
+    return {w.name: model.get_parameter(w.name) for w in smap.weights if w.parameter and w.name in owned}
 
 
 def finite_losses(objective: Objective, model: nn.Module, batch: Any, number: int) -> Tensor:

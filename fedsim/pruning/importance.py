@@ -132,11 +132,22 @@ def _published(kind: str, constant: float | None) -> float:
     return constant
 
 
+def gate_gradients(model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
+    """dL/dxi (S,) of the mean loss, with its sign: at 1 for ``kept`` structures, at 0 for removed ones."""
+    return _gate_sums(model, smap, objective, batches, kept, positionwise=False, each=False)
+
+
 def _gate_scores(
     model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools, *, positionwise: bool, each: bool
 ) -> Scores:
+    return np.abs(_gate_sums(model, smap, objective, batches, kept, positionwise=positionwise, each=each))
+
+
+def _gate_sums(
+    model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools, *, positionwise: bool, each: bool
+) -> Scores:
     total, count = np.zeros(len(smap)), 0
-    with gated(model, smap, kept) as taps:
+    with torch.enable_grad(), gated(model, smap, kept) as taps:
         for number, batch in enumerate(batches):
             taps.clear()
             losses = finite_losses(objective, model, batch, number)
@@ -149,7 +160,7 @@ def _gate_scores(
             _require_finite(batch_sum, number)
             total += batch_sum
             count += len(losses)
-    return np.abs(total) / count
+    return total / count
 
 
 def _block_products(smap: StructureMap, taps: Sequence[Tap], gradients: Sequence[Tensor], *, positionwise: bool) -> list[Tensor]:

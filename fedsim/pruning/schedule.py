@@ -110,7 +110,7 @@ class Pruner:
         deployed: nn.Module | None,
         start: Submodel | None,
     ) -> PruningTrajectory:
-        (importance, steps), spared, target = self.plan(), _spared(self, smap), self.levels[-1]
+        (importance, steps), spared, target = self.plan(), spared_by(self, smap), self.levels[-1]
         kept = np.ones(len(smap), np.bool_) if start is None else start.checked(smap).copy()
         first = np.flatnonzero(~kept)
         removed, scores, step_of = [first], [np.zeros(len(first))], [np.zeros(len(first), np.int64)]
@@ -132,7 +132,7 @@ class Pruner:
         return PruningTrajectory.of(smap, np.concatenate(removed), np.concatenate(scores), np.concatenate(step_of))
 
 
-def _spared(pruner: Pruner, smap: StructureMap) -> Bools:
+def spared_by(pruner: Pruner, smap: StructureMap) -> Bools:
     """Structures (S,) of protected blocks. ``CapacityError`` if the highest level cannot be reached without them."""
     names = [block.name for block in smap.blocks]
     for prefix in pruner.protect:
@@ -140,7 +140,9 @@ def _spared(pruner: Pruner, smap: StructureMap) -> Bools:
             raise ValueError(f"protect names no block that starts with {prefix!r}; prunable blocks are {names}")
     whole = np.asarray([name.startswith(pruner.protect) if pruner.protect else False for name in names], np.bool_)
     whole |= _at_the_ends(pruner, smap)
-    most = np.asarray([0 if w else max(len(b) - _least(b, pruner.min_keep), 0) for b, w in zip(smap.blocks, whole, strict=True)], np.int64)
+    most = np.asarray(
+        [0 if w else max(len(b) - least_kept(b, pruner.min_keep), 0) for b, w in zip(smap.blocks, whole, strict=True)], np.int64
+    )
     reach = float(smap.share("parameters", most))
     if pruner.levels[-1] > reach:
         raise CapacityError(
@@ -160,7 +162,7 @@ def _at_the_ends(pruner: Pruner, smap: StructureMap) -> Bools:
     return (layers >= 0) & ((layers < int(pruner.protect_first * depth)) | (layers >= depth - pruner.protect_last))
 
 
-def _least(block: Block, min_keep: int) -> int:
+def least_kept(block: Block, min_keep: int) -> int:
     """Structures that stay in ``block``: whole layers may go, and a convolution needs a channel."""
     return {"layer": 0, "filters": max(min_keep, 1)}.get(block.kind, min_keep)
 
@@ -190,7 +192,7 @@ def _within_min_keep(order: Ints, smap: StructureMap, kept: Bools, min_keep: int
     allowed = np.zeros(len(order), np.bool_)
     alive = np.diff(smap.starts) - smap.removed_counts(kept)
     for block, num in enumerate(alive):
-        allowed[np.flatnonzero(smap.block_of[order] == block)[: max(int(num) - _least(smap.blocks[block], min_keep), 0)]] = True
+        allowed[np.flatnonzero(smap.block_of[order] == block)[: max(int(num) - least_kept(smap.blocks[block], min_keep), 0)]] = True
     return order[allowed]
 
 

@@ -201,6 +201,11 @@ class StructureMap:
                 total = total + each * (len(block) - removed[..., number])
         return total
 
+    def pair_flops(self, removed: Ints) -> Ints:
+        """FLOPs (...,) of attention for one pair of a query and a key."""
+        each, number = np.array([b.pair_flops for b in self.blocks], np.int64), np.diff(self.starts)
+        return np.asarray(((number - removed) * each).sum(-1), np.int64)
+
     def share(self, cost: Cost, removed: Ints) -> NDArray[np.float64]:
         """Removed cost as a share of all that structures own: *sparsity* when the cost is parameters."""
         dense, prunable = self._dense_and_prunable[cost]

@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,25 @@ class PruningTrajectory:
         kept: Bools = np.ones(self.num_structures, np.bool_)
         kept[self.removed[:number]] = False
         return Submodel(kept, self.fingerprint, float(level))
+
+    def within(self, limit: float, smap: StructureMap, cost: Cost | Callable[[StructureMap, Ints], NDArray[Any]] = "bytes") -> Submodel:
+        """The largest submodel whose ``cost``, in its own units, is at most ``limit``; see :mod:`fedsim.pruning.budgets`.
+
+        Raises ``CapacityError`` with what the smallest needs where none is.
+        """
+        self.structures(smap)
+        dense = np.zeros((1, len(smap.blocks)), np.int64)
+        counts = np.concatenate([dense, smap.after_each(np.ones(self.num_structures, np.bool_), self.removed)])
+        figures = smap.cost(cost, counts) if isinstance(cost, str) else cost(smap, counts)
+        fitting = np.flatnonzero(figures <= limit)
+        if not len(fitting):
+            raise CapacityError(
+                f"{cost} is at least {figures.min():,.6g} along this trajectory, over the limit of {limit:,.6g}; prune further"
+            )
+        number = int(fitting[0])
+        kept: Bools = np.ones(self.num_structures, np.bool_)
+        kept[self.removed[:number]] = False
+        return Submodel(kept, self.fingerprint, float(self.shares["parameters"][number - 1]) if number else 0.0)
 
     def structures(self, smap: StructureMap) -> tuple[Structure, ...]:
         """The removed structures by name."""

@@ -14,7 +14,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.encoding import load, save
 from fedsim.parameters import Layout
-from fedsim.pruning import FLAP, GISP, FirstOrder, LLMPruner, Magnitude, OneShot, Pruner, PruningTrajectory, Random, StructureMap, Submodel, Uniform, WandaSP, structure_map
+from fedsim.pruning import (
+    FLAP,
+    GISP,
+    FirstOrder,
+    LLMPruner,
+    Magnitude,
+    OneShot,
+    Pruner,
+    PruningTrajectory,
+    Random,
+    StructureMap,
+    Submodel,
+    Uniform,
+    WandaSP,
+    structure_map,
+)
 
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.7)
 

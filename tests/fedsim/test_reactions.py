@@ -97,6 +97,18 @@ def test_repruning_after_a_domain_switch_restores_the_client_without_labels(dens
     assert stale < 0.5
 
 
+def test_regrowing_starts_from_what_is_deployed_ships_less_than_a_restart_and_helps(dense, shared, personal):
+    restarted, regrown = (react(job(personal, Reprune(mode=mode), targets=False), shared, {}) for mode in ("restart", "regrow"))
+    assert regrown.accepted
+    assert regrown.bytes_down < restarted.bytes_down
+    assert regrown.kept.sum() == personal.kept.sum()
+    assert (
+        accuracy(dense, Variant(personal))
+        < accuracy(dense, candidate(dense, regrown))
+        <= accuracy(dense, candidate(dense, restarted)) + 0.05
+    )
+
+
 def test_the_candidate_is_the_submodel_gisp_finds_on_the_first_two_thirds(dense, shared, personal):
     outcome = react(job(personal, Reprune(labels="true")), shared, {})
     inputs, targets = (torch.from_numpy(a[:43]) for a in window(1))
@@ -294,7 +306,7 @@ def test_a_non_finite_loss_names_the_client_and_the_tick(dense, shared, personal
     [
         (lambda: Reprune(window=7), "window"),
         (lambda: Reprune(labels="none"), "labels"),
-        (lambda: Reprune(mode="regrow"), "mode"),
+        (lambda: Reprune(mode="grow"), "mode"),
         (lambda: Reprune(tune_steps=-1), "tune_steps"),
         (lambda: Adapt(part="tail"), "part"),
         (lambda: Adapt(teacher="nobody"), "teacher"),
