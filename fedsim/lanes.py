@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedsim.mounted import Examples
 from fedsim.parameters import Layout
@@ -306,7 +307,14 @@ def _mapped(objective: _Objective) -> Callable[[dict[str, Tensor], Tensor, Tenso
         return result
 
     mapped: Callable[[dict[str, Tensor], Tensor, Tensor], Tensor] = vmap(losses, randomness="error")
-    return mapped
+
+    def batched(parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        if inputs.device.type != "cpu":
+            return mapped(parameters, inputs, targets)
+        with sdpa_kernel(SDPBackend.MATH):  # vmap would run the CPU's fused attention lane by lane, and warn
+            return mapped(parameters, inputs, targets)
+
+    return batched
 
 
 def _clipped(gradients: Sequence[Tensor], clip: float, lanes: bool) -> list[Tensor]:

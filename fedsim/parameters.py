@@ -50,7 +50,9 @@ class Layout:
         return self.size * np.dtype(self.dtype).itemsize
 
     def flatten(self, module: nn.Module) -> NDArray[np.floating]:
-        """A copy of the module's parameters, (P,)."""
+        """A copy of the module's parameters, (P,). Raises ``ValueError`` for bfloat16, which numpy has not."""
+        if self.dtype == "bfloat16":
+            raise ValueError("clients cannot exchange parameters of dtype bfloat16; build the model in float32")
         parameters = dict(module.named_parameters())
         return np.concatenate([parameters[n].detach().cpu().numpy().reshape(-1) for n in self.names])
 

@@ -363,7 +363,11 @@ def _lanes(task: Task, model: nn.Module, data: Splits, batch_size: int, lanes: i
     if chosen > 1:
         return chosen, ""
     reason = why_not_batched(task, model, batch)
-    why = "its layers are faster alone" if reason is None else f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
+    why = (
+        "its layers are not known to be faster so; lanes= may be set"
+        if reason is None
+        else f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
+    )
     return 1, f"clients train one at a time, not as lanes of one program ({why})"
 
 

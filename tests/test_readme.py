@@ -47,6 +47,13 @@ def test_the_task_example_is_short_and_runs_from_the_command_line(tmp_path):
     assert "complete" in run_python(["-m", "fedsim", "list", "runs"], tmp_path)
 
 
+def test_the_language_example_runs(tmp_path):
+    (tmp_path / "language.py").write_text(next(block for block in BLOCKS if "save_pruned" in block))
+    sparsity, parameters = run_python(["language.py"], tmp_path).split()
+    assert 0.1 < float(sparsity) < 0.4
+    assert int(parameters) < 450_000 / 4
+
+
 def test_every_file_the_table_names_exists():
     for path in re.findall(r"`((?:fedsim|detection)/[\w/]+(?:\.py|/))`", (ROOT / "README.md").read_text()):
         assert (ROOT / path).exists(), path

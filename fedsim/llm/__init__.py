@@ -9,7 +9,7 @@ from typing import Any
 _EXPORTS = {
     "fedsim.llm.arithmetic": ("Arithmetic",),
     "fedsim.llm.causal_lm": ("CausalLM",),
-    "fedsim.llm.decoder": ("Decoder",),
+    "fedsim.llm.decoder": ("Decoder", "Folder"),
     "fedsim.llm.generation": ("Trace", "generate"),
     "fedsim.llm.reasoning": ("GSM8K", "MathQA", "Problems", "exact_match"),
     "fedsim.llm.reasoning_task": ("Reasoning",),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim.llm.decoder import Decoder, built
+from fedsim.llm.decoder import Decoder, Folder, built
 from fedsim.llm.text import Source
 from fedsim.llm.tokens import Bytes, Tokenizer
 from fedsim.pruning.structures import StructureMap
@@ -97,14 +97,14 @@ class LanguageTask(Task):
 class CausalLM(LanguageTask):
     """``texts``, a source or one for each named domain, cut into runs of ``length`` tokens.
 
-    ``model`` is a :class:`Decoder` to train from scratch, or a local folder. ``test_share`` of every domain's documents is held
+    ``model`` is a :class:`Decoder` to train from scratch, or a local :class:`Folder` or its path. ``test_share`` of every domain's documents is held
     out. With ``pack`` the documents of one author are laid end to end and a rest shorter than a run is dropped; without it each begins a
     run of its own, padded at its end. Limits keep a random subset, a function of ``seed``. Keys: "domain", "author" (numbered over all
     domains), and without ``pack`` "document". Raises ``ValueError`` for text or fields that cannot be used.
     """
 
     texts: Source | tuple[tuple[str, Source], ...] | Mapping[str, Source]
-    model: Decoder | str = field(default_factory=Decoder)
+    model: Decoder | Folder | str = field(default_factory=Decoder)
     tokenizer: Tokenizer = field(default_factory=Bytes)
     length: int = 96
     pack: bool = True
@@ -138,6 +138,11 @@ class CausalLM(LanguageTask):
     @property
     def domain_names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self._domains)
+
+    @property
+    def skew_key(self) -> str:
+        """Clients differ in the domains they write in; in one domain, in its authors."""
+        return "domain" if len(self._domains) > 1 else "author"
 
     def load(self) -> Splits:
         train: list[Run] = []
@@ -189,8 +194,9 @@ def runs_of_tokens(rows: list[Run], length: int, tokenizer: Tokenizer, *, docume
         inputs[i, : len(tokens) - 1], targets[i, : len(tokens) - 1] = tokens[:-1], tokens[1:]
         if asked_from is not None:
             targets[i, : asked_from[i] - 1] = IGNORED
-    if inputs.min() < 0 or inputs.max() >= tokenizer.vocabulary:
-        raise ValueError(f"tokens must lie in 0..{tokenizer.vocabulary - 1}, got {inputs.min()} to {inputs.max()}")
+    low, high = min(int(row.tokens.min()) for row in rows), max(int(row.tokens.max()) for row in rows)
+    if low < 0 or high >= tokenizer.vocabulary:
+        raise ValueError(f"tokens must lie in 0..{tokenizer.vocabulary - 1}, got {low} to {high}")
     empty = np.flatnonzero((targets == IGNORED).all(axis=1))
     if len(empty):
         raise ValueError(

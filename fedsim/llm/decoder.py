@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3", "opt", "gpt2"]
+Numbers = Literal["float32", "float64", "bfloat16"]
+Attention = Literal["sdpa", "eager"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +17,8 @@ class Decoder:
     """A decoder of one of the supported families, with random weights: ``layers`` of ``width``, MLPs of ``hidden``.
 
     ``heads`` query heads of ``head_dim`` features (``None``: width / heads) read ``kv_heads`` key-value heads (``None``: their own; OPT and
-    GPT-2 have no other). ``positions`` bounds the length of texts where positions are learned. No dropout. Raises ``ValueError`` for sizes
-    the family has not.
+    GPT-2 have no other). ``positions`` bounds the length of texts where positions are learned. No dropout. ``attention`` is torch's fused one or
+    written out. Clients train in float32 or float64. Raises ``ValueError`` for sizes the family has not.
     """
 
     architecture: Architecture = "llama"
@@ -28,13 +30,13 @@ class Decoder:
     head_dim: int | None = None
     positions: int = 2048
     tied: bool = True
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    dtype: Numbers = "float32"
+    attention: Attention = "sdpa"
 
     def __post_init__(self) -> None:
-        if self.architecture not in get_args(Architecture):
-            raise ValueError(f"architecture must be one of {get_args(Architecture)}, got {self.architecture!r}")
-        if self.dtype not in ("float32", "float64", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32', 'float64' or 'bfloat16', got {self.dtype!r}")
+        _check_choice("architecture", self.architecture, Architecture)
+        _check_choice("dtype", self.dtype, Numbers)
+        _check_choice("attention", self.attention, Attention)
         for name in ("layers", "width", "heads", "kv_heads", "hidden", "head_dim", "positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -68,8 +70,22 @@ class Decoder:
         return AutoConfig.for_model(self.architecture, **common, **own)
 
 
-def built(model: Decoder | str, vocabulary: int) -> nn.Module:
-    """A Hugging Face causal language model that keeps no cache unless asked to.
+@dataclass(frozen=True)
+class Folder:
+    """The model in the local folder ``path``, in ``dtype`` whatever it was saved in; with ``attention`` as for :class:`Decoder`."""
+
+    path: str
+    dtype: Numbers = "float32"
+    attention: Attention = "sdpa"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+        _check_choice("dtype", self.dtype, Numbers)
+        _check_choice("attention", self.attention, Attention)
+
+
+def built(model: Decoder | Folder | str, vocabulary: int) -> nn.Module:
+    """A Hugging Face causal language model that keeps no cache unless asked to; a ``str`` is the path of a :class:`Folder`.
 
     Raises ``ValueError`` for an unsupported architecture, a folder without a model, or a vocabulary larger than the model's.
     """
@@ -77,20 +93,27 @@ def built(model: Decoder | str, vocabulary: int) -> nn.Module:
 
     from fedsim.llm.families import family_of
 
+    model = Folder(model) if isinstance(model, str) else model
+    kind: Any = {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
     if isinstance(model, Decoder):
-        fresh: nn.Module = AutoModelForCausalLM.from_config(model.config(vocabulary), dtype=getattr(torch, model.dtype))  # type: ignore[no-untyped-call]
+        fresh: nn.Module = AutoModelForCausalLM.from_config(model.config(vocabulary), **kind)  # type: ignore[no-untyped-call]
         return fresh
-    if not Path(model).is_dir():
-        raise ValueError(f"model must be a Decoder or a local folder, got {model!r}")
+    if not Path(model.path).is_dir():
+        raise ValueError(f"model must be a Decoder or a local folder, got {model.path!r}")
     try:
-        found: nn.Module = AutoModelForCausalLM.from_pretrained(model, local_files_only=True, use_safetensors=True)
+        found: nn.Module = AutoModelForCausalLM.from_pretrained(model.path, local_files_only=True, use_safetensors=True, **kind)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{model} holds no causal language model that can be read: {error}") from error
+        raise ValueError(f"{model.path} holds no causal language model that can be read: {error}") from error
     family_of(found)
     config: Any = found.config
     if config.vocab_size < vocabulary:
         raise ValueError(
-            f"the tokenizer has {vocabulary} tokens, the model in {model} knows {config.vocab_size}; they do not belong together"
+            f"the tokenizer has {vocabulary} tokens, the model in {model.path} knows {config.vocab_size}; they do not belong together"
         )
     config.use_cache = False
     return found
+
+
+def _check_choice(name: str, value: str, allowed: Any) -> None:
+    if value not in get_args(allowed):
+        raise ValueError(f"{name} must be one of {get_args(allowed)}, got {value!r}")

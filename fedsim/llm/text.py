@@ -73,7 +73,7 @@ class WikiText:
         object.__setattr__(self, "path", str(self.path))
 
     def read(self) -> Documents:
-        articles = re.split(r"(?m)^(?= = [^=].*[^=] = $)", _text(self.path))
+        articles = re.split(r"(?m)^(?= = [^=\n](?:[^\n]*[^=\n])? = $)", _text(self.path))
         return _documents((a.strip() for a in articles if a.strip()), self.path)
 
 
@@ -112,11 +112,16 @@ class JSONLines:
 
     def read(self) -> Documents:
         rows = []
-        for number, line in enumerate(filter(str.strip, _text(self.path).splitlines()), 1):
+        for number, line in enumerate(_text(self.path).split("\n"), 1):  # not splitlines: strings in JSON may hold other line ends
+            if not line.strip():
+                continue
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} of {self.path} is no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} of {self.path} must be a JSON object, got {line.strip()[:40]!r}")
+            rows.append(row)
         return _of_columns(_JSONColumns(rows, self.path), self.text, self.author, self.path)
 
 

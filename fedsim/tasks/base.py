@@ -167,6 +167,10 @@ class Wrapped(Task):
         return self.task.num_classes
 
     @property
+    def domain_names(self) -> tuple[str, ...]:
+        return self.task.domain_names
+
+    @property
     def example(self) -> Tensor:
         return self.task.example
 

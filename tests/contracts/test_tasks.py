@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedsim.llm import Arithmetic, CausalLM, Characters, Decoder, Documents, Reasoning
 from fedsim.parameters import Layout
 from fedsim.tasks.base import Dataset, Splits, Task
 from fedsim.tasks.digits import Digits
@@ -36,6 +37,9 @@ class Blobs(Task):
             return mlp((2, 16, self.num_classes))
 
 
+DECODER = Decoder(layers=2, width=16, heads=2, kv_heads=1, hidden=24)
+WORDS = Documents(tuple("ab" * i + "ba" for i in range(3, 80)))
+
 TASKS = [
     pytest.param(Digits(), id="digits, mlp"),
     pytest.param(
@@ -44,6 +48,19 @@ TASKS = [
     pytest.param(Images(train=(PICTURES, np.arange(60) % 7), width=4), id="images, cnn"),
     pytest.param(Images(train=(PICTURES[..., 0], np.arange(60) % 3), model="resnet9", width=8), id="images, resnet9, grey"),
     pytest.param(Blobs(), id="a user's own"),
+    pytest.param(CausalLM(texts=WORDS, model=DECODER, tokenizer=Characters("ab"), length=20), id="text, packed"),
+    pytest.param(
+        CausalLM(
+            texts={"one": WORDS, "other": WORDS},
+            model=Decoder(architecture="gpt2", layers=1, width=16, heads=2, hidden=24, dtype="float64", attention="eager"),
+            tokenizer=Characters("ab"),
+            length=50,
+            pack=False,
+            test_share=0.4,
+        ),
+        id="text, padded, float64, domains",
+    ),
+    pytest.param(Reasoning(problems=Arithmetic(number=60), model=DECODER, length=128, test_share=0.3), id="problems"),
 ]
 
 
@@ -54,9 +71,13 @@ def test_losses_are_finite_nats_one_for_each_example(task: Task) -> None:
     probabilities = torch.softmax(task.logits(model, batch.inputs), -1)
     assert losses.shape == correct.shape == (12,)
     assert torch.isfinite(losses).all()
-    torch.testing.assert_close(losses, -torch.log(probabilities[torch.arange(12), batch.targets]), atol=1e-5, rtol=1e-5)
-    assert probabilities.shape == (12, task.num_classes)
-    assert torch.equal(correct.bool(), probabilities.argmax(-1) == batch.targets)
+    assert probabilities.shape == (*batch.targets.shape, task.num_classes)
+    for i in range(12):  # of a text, the mean over its tokens that are asked for
+        asked = batch.targets[i] >= 0
+        own, targets = probabilities[i][asked].reshape(-1, task.num_classes), batch.targets[i][asked].reshape(-1)
+        expected = -torch.log(own[torch.arange(len(targets)), targets]).mean()
+        torch.testing.assert_close(losses[i], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(correct[i], (own.argmax(-1) == targets).float().mean())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -84,15 +105,18 @@ def test_loading_twice_gives_the_same_examples_with_valid_labels_and_keys(task: 
     for first, again in zip(task.load(), task.load(), strict=True):
         np.testing.assert_array_equal(first.inputs, again.inputs)
         np.testing.assert_array_equal(first.targets, again.targets)
-        np.testing.assert_array_equal(first.keys["label"], first.targets)
-        assert 0 <= first.targets.min() <= first.targets.max() < task.num_classes
+        assert first.targets.ndim > 1 or np.array_equal(first.keys["label"], first.targets)
+        assert task.skew_key in first.keys
+        asked = first.targets[first.targets != -100]
+        assert 0 <= asked.min() <= asked.max() < task.num_classes
         assert all(len(values) == len(first) for values in first.keys.values())
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_example_is_one_input_of_the_model(task: Task) -> None:
     assert task.example.shape == (1, *task.data().train.inputs.shape[1:])
-    assert task.logits(task.build(0), task.example).shape == (1, task.num_classes)
+    assert task.logits(task.build(0), task.example).shape == (1, *task.data().train.targets.shape[1:], task.num_classes)
+    assert task.self_targets(task.build(0), task.data().train.batch([0]).inputs).shape == (1, *task.data().train.targets.shape[1:])
     assert len(task.domain_names) >= 1
 
 

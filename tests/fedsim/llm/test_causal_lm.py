@@ -1,8 +1,7 @@
-"""The task of next-token prediction: its losses against Hugging Face's own, its data, and fleets that train, serve and drift on text."""
+"""The task of next-token prediction: its losses against Hugging Face's own, its data, its models."""
 
 import json
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +11,22 @@ import torch
 
 import fedsim as fs
 from fedsim.clock import forward_flops
-from fedsim.llm import Bytes, CausalLM, Characters, Columns, Decoder, Documents, JSONLines, Parquet, Play, PythonSource, TextFile, WikiText
+from fedsim.llm import (
+    Bytes,
+    CausalLM,
+    Characters,
+    Columns,
+    Decoder,
+    Documents,
+    Folder,
+    JSONLines,
+    Parquet,
+    Play,
+    PythonSource,
+    TextFile,
+    WikiText,
+)
+from fedsim.parameters import Layout
 from fedsim.tasks.base import Batch
 from tests.fedsim.llm.models import FAMILIES
 
@@ -43,10 +57,6 @@ def task(**changes) -> CausalLM:
         "test_share": 0.3,
     }
     return CausalLM(**{**fields, **changes})
-
-
-def trained(run) -> float:
-    return run.rounds()["loss"][-1]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt2"])
@@ -113,29 +123,19 @@ def test_a_fleet_is_divided_by_author_and_domain():
     assert sum(len(by_domain.shard(c)) for c in range(6)) == len(train)
 
 
-@pytest.mark.parametrize("communication", [None, fs.DynamicFL(high=1, low=4, budget=0.5)])
-def test_a_fleet_learns_to_write(communication):
-    lm = task()
-    settings = {} if communication is None else {"communication": communication}
-    simulation = fs.Simulation(
-        task=lm,
-        fleet=fs.Fleet.sample(6, partition=fs.Dirichlet(alpha=0.3, by="domain"), seed=0),
-        strategy=fs.FedAvg(client_lr=0.5, cohort=6, batch_size=8),
-        rounds=8,
-        evaluate_every=1,
-        seed=0,
-        **settings,
-    )
-    losses = [record.test_loss for record in islice(fs.run(simulation, fs.SerialExecutor()), 8)]
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_forward_flops_are_those_of_the_projections_and_of_attention():
-    for architecture in ("llama", "gpt2"):
-        lm = task(model=replace(TINY, architecture=architecture))
-        model = lm.build(0)
-        smap = lm.structures(model)
-        assert forward_flops(model, lm.example) == smap.cost("flops", np.zeros(len(smap.blocks), np.int64))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt2"])
+def test_forward_flops_are_those_of_the_projections_and_of_attention(architecture, attention):
+    lm = task(model=replace(TINY, architecture=architecture, attention=attention))
+    model = lm.build(0)
+    assert model.config._attn_implementation == attention
+    heads, groups, matrices = (4, 4, 2) if architecture in ("opt", "gpt2") else (4, 2, 3)
+    length, width, hidden, head = 20, 32, 48, 8
+    layer = 2 * length * (2 * width * heads * head + 2 * width * groups * head + matrices * width * hidden)
+    attended = 4 * length * length * heads * head  # queries by keys, weights by values, for every pair of positions
+    assert forward_flops(model, lm.example) == 2 * (layer + attended) + 2 * length * width * LETTERS.vocabulary
+    smap = lm.structures(model)
+    assert forward_flops(model, lm.example) == smap.cost("flops", np.zeros(len(smap.blocks), np.int64))
 
 
 def test_every_source_of_text_reads_what_it_says(tmp_path):
@@ -155,6 +155,14 @@ def test_every_source_of_text_reads_what_it_says(tmp_path):
         assert source.read() == Documents(("one", "two"), ("a", "b"))
     with pytest.raises(ValueError, match="has no column 'text'; its columns are q, who"):
         Parquet(tmp_path / "x.parquet").read()
+    (tmp_path / "x.jsonl").write_text('{"text": "one\u2028line"}\n\n{"text": "two"}\n', encoding="utf-8")
+    assert JSONLines(tmp_path / "x.jsonl").read().texts == ("one\u2028line", "two")
+    for line, what in (("[1, 2]", "line 2 of .* must be a JSON object, got"), ("{text", "line 2 of .* is no JSON")):
+        (tmp_path / "x.jsonl").write_text("\n" + line)
+        with pytest.raises(ValueError, match=what):
+            JSONLines(tmp_path / "x.jsonl").read()
+    (tmp_path / "wiki.txt").write_text(" = I = \n\n a letter \n = Two = \n\n more \n")
+    assert len(WikiText(tmp_path / "wiki.txt").read()) == 2
     (tmp_path / "plain.txt").write_text("one\ntwo\n\nthree\n")
     assert TextFile(tmp_path / "plain.txt", size=None).read().texts == ("one\ntwo", "three\n")
     assert TextFile(tmp_path / "plain.txt", size=5).read().texts == ("one\ntwo\n", "\nthree\n")
@@ -208,23 +216,28 @@ def test_a_model_from_a_folder_is_the_model_that_was_saved(tmp_path):
     assert found.config.use_cache is False
 
 
-def test_language_clients_train_deploy_serve_drift_and_are_repruned(tmp_path):
-    simulation = fs.Simulation(
-        task=task(),
-        fleet=fs.Fleet.sample(6, devices="mixed-phones", partition=fs.Dirichlet(alpha=0.05, by="domain"), seed=0),
-        strategy=fs.FedAvg(client_lr=0.5, cohort=6, batch_size=8),
-        rounds=3,
-        deployment=fs.GISP(levels=(0.0, 0.3, 0.5), steps=3, calibration_examples=16),
-        serving=fs.Serving(ticks=60, batch=4, drift=fs.Drift(fs.DomainSwitch(), start=fs.At(40))),
-        monitoring=fs.Monitoring(arl=1000, calibration=30),
-        policy=fs.Periodic(every=10, action=fs.Reprune(window=16)),
-        seed=0,
-    )
-    run = fs.simulate(simulation, out=tmp_path, executor=fs.SerialExecutor())
-    kinds = run.events().column("kind").to_pylist()
-    assert "request" in kinds
-    assert {"redeployment", "rejected"} & set(kinds)
-    assert len(set(run.deployments().column("level").to_pylist())) > 1
+def test_a_folder_is_read_in_the_dtype_that_is_asked_for(tmp_path):
+    task(model=replace(TINY, dtype="bfloat16")).build(0).save_pretrained(tmp_path / "model")
+    whole, half = task(model=str(tmp_path / "model")), task(model=Folder(tmp_path / "model", dtype="bfloat16", attention="eager"))
+    assert next(whole.build(0).parameters()).dtype == torch.float32
+    assert next(half.build(0).parameters()).dtype == torch.bfloat16
+    assert half.build(0).config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="cannot exchange parameters of dtype bfloat16; build the model in float32"):
+        Layout.of(half.build(0)).flatten(half.build(0))
+    for name in ("dtype", "attention"):
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'best'"):
+            Folder("model", **{name: "best"})
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'best'"):
+            replace(TINY, **{name: "best"})
+
+
+def test_a_token_outside_the_vocabulary_is_refused_even_at_the_end():
+    @dataclass(frozen=True)
+    class Wrong(Characters):
+        end = 13
+
+    with pytest.raises(ValueError, match=r"tokens must lie in 0..12, got 0 to 13"):
+        task(tokenizer=Wrong("abcdefghij "), pack=False, length=50).data()
 
 
 def test_every_family_is_tested():
