@@ -29,7 +29,6 @@ _EXPORTS = {
         "RandomScore",
         "Value",
         "eviction_error",
-        "token_scores",
     ),
     "fedsim.llm.tokens": ("Bytes", "Characters", "Pretrained"),
 }
