@@ -66,7 +66,7 @@ class OBCache:
         """
         family = family_of(model)
         attentions = [layer.get_submodule(family.attention) for layer in model.get_submodule(family.layers).children()]
-        session = CacheSession(self)
+        session = CacheSession(self, len(attentions))
         with observed(model, attentions, session):
             yield session
 
@@ -89,8 +89,8 @@ class CacheSession:
     down. Positions and running sums, 4 to 12 bytes for each token and head, are not among them.
     """
 
-    def __init__(self, method: OBCache):
-        self.method = method
+    def __init__(self, method: OBCache, layers: int):
+        self.method, self._layers = method, layers
         self.peak_bytes = 0
         self._caches: WeakSet[Cache] = WeakSet()
         self._latest: ref[Cache] | None = None
@@ -118,8 +118,7 @@ class CacheSession:
 
         ||o' - o|| / ||o|| of the whole set of tokens that left, exact. Later queries may be moved more or less.
         """
-        layers = max(len(self.tokens_held), *(number + 1 for number in self._errors), 0)
-        return tuple(float(self._errors.get(number, 0.0)) for number in range(layers))
+        return tuple(float(self._errors.get(number, 0.0)) for number in range(self._layers))
 
     def before(self, module: nn.Module, cache: Cache | None) -> None:
         layer = _layer(module, cache)
