@@ -11,6 +11,8 @@ _EXPORTS = {
     "fedsim.llm.causal_lm": ("CausalLM",),
     "fedsim.llm.decoder": ("Decoder", "Folder"),
     "fedsim.llm.eviction": ("H2O", "TOVA", "AdaKV", "SnapKV", "StreamingLLM"),
+    "fedsim.llm.history": ("History",),
+    "fedsim.llm.probe_pruning": ("ProbePruning",),
     "fedsim.llm.generation": ("Trace", "generate"),
     "fedsim.llm.kv_budget": ("budget_for", "kv_bytes_per_token"),
     "fedsim.llm.obcache": ("CacheSession", "OBCache"),
