@@ -1,8 +1,9 @@
-"""Forward passes timed so that a busy machine slows all that is compared alike."""
+"""Work timed so that a busy machine slows all that is compared alike."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,21 @@ def timed(reference: nn.Module, modules: Sequence[nn.Module], inputs: Tensor) ->
     repetitions = int(np.clip(SECONDS / passes.sum(), FEWEST, MOST))
     pairs = np.stack([_pairs(reference, modules, inputs, first=bool(r % 2)) for r in range(repetitions)], axis=-1)
     return pairs[0], pairs[1]
+
+
+def alternating(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, list[float]]:
+    """Seconds of every run, in turn, after one of each to warm up: those this thread computes, or elapsed ones where there is a GPU."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.thread_time
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
+    for repetition in range(repeats + 1):
+        for name, work in runs.items():
+            start = clock()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repetition:
+                seconds[name].append(clock() - start)
+    return seconds
 
 
 def _pairs(reference: nn.Module, modules: Sequence[nn.Module], inputs: Tensor, *, first: bool) -> NDArray[np.float64]:

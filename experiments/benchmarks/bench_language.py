@@ -7,7 +7,6 @@ weights + one layer's gradients, seconds a step, decoding against the memory ban
 
 import sys
 import time
-from collections.abc import Callable, Mapping
 from math import nan
 from pathlib import Path
 from statistics import median
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from experiments.study import Claim, main
-from experiments.timing import one_thread
+from experiments.timing import alternating, one_thread
 from fedsim.llm.arithmetic import Arithmetic, characters
 from fedsim.llm.causal_lm import LanguageTask
 from fedsim.llm.decoder import Decoder
@@ -59,8 +58,8 @@ def cut_out(repeats: int) -> list[Claim]:
     smap, batches = task.structures(model), [task.random(16, seed) for seed in range(2)]
     half = Random(levels=(0.5,)).trajectory(model, smap, task.losses, batches).at(0.5)
     both = {compact: FirstOrder(compact=compact) for compact in (False, True)}
-    once = _alternating({c: lambda m=m: m.scores(model, smap, task.losses, batches, half.kept) for c, m in both.items()}, repeats)
-    whole = _alternating(
+    once = alternating({c: lambda m=m: m.scores(model, smap, task.losses, batches, half.kept) for c, m in both.items()}, repeats)
+    whole = alternating(
         {c: lambda m=m: GISP(levels=(0.6,), steps=6, importance=m).trajectory(model, smap, task.losses, batches) for c, m in both.items()},
         max(2, repeats // 3),
     )
@@ -91,7 +90,7 @@ def sampling(repeats: int) -> Claim:
             written = model.generate(torch.from_numpy(tokens), **settings)[:, width:]  # type: ignore[operator]
         counts["theirs"].append(int((written != task.tokenizer.pad).sum()))
 
-    seconds = _alternating({"ours": ours, "theirs": theirs}, repeats)
+    seconds = alternating({"ours": ours, "theirs": theirs}, repeats)
     rates = {name: [n / s for n, s in zip(counts[name][1:], seconds[name], strict=True)] for name in seconds}
     print(f"sampling 64 traces: {median(rates['ours']):.0f} tokens/s, transformers {median(rates['theirs']):.0f}")
     return _ratio("tokens a second, ours / transformers' generate", rates["ours"], rates["theirs"], ">= 1 x")
@@ -150,7 +149,7 @@ def level_gain(name: str, model: nn.Module, small: Submodel, smap: Any) -> list[
     found = []
     for phase, shape in (("prefill", (8, 512)), ("decode", (8, 1))):
         tokens = torch.randint(0, VOCABULARY, shape, device="cuda")
-        times = _alternating({m: lambda m=m, tokens=tokens: _forward(m, tokens) for m in (model, pruned)}, 20)
+        times = alternating({m: lambda m=m, tokens=tokens: _forward(m, tokens) for m in (model, pruned)}, 20)
         cost = Flops(tokens=512, batch=8) if phase == "prefill" else Memory()
         expected = float(cost(smap, none) / cost(smap, removed))
         gained = median(times[model]) / median(times[pruned])
@@ -172,20 +171,6 @@ class _Runs(LanguageTask):
         return Batch(tokens[:, :-1], tokens[:, 1:])
 
 
-def _alternating(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, list[float]]:
-    """Seconds of every run, in turn, after one of each to warm up."""
-    seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for repetition in range(repeats + 1):
-        for name, work in runs.items():
-            start = time.perf_counter()
-            work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def _ratio(name: str, over: list[float], under: list[float], bar: str) -> Claim:
     ratios = [a / b for a, b in zip(over, under, strict=True)]
     note = f"median of {len(ratios)} paired ratios, {min(ratios):.2f} to {max(ratios):.2f}"
@@ -201,7 +186,7 @@ def _bandwidth() -> float:
     """Bytes a second the device reads and writes when it copies a gibibyte."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    seconds = _alternating({"copy": lambda: target.copy_(source)}, 10)["copy"]
+    seconds = alternating({"copy": lambda: target.copy_(source)}, 10)["copy"]
     return float(2 * 2**30 / median(seconds))
 
 
