@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fedsim.llm.attention_hooks import Function, observed
+from fedsim.llm.attention import Function, heads_read, observed
 from fedsim.llm.evicted_cache import EvictedLayer, RaggedLayer
 from fedsim.llm.eviction import Host, SnapKV, largest, ranked, shared_largest
 from fedsim.llm.families import family_of
@@ -142,10 +142,15 @@ class CacheSession:
         self, own: Function, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
     ) -> tuple[Tensor, Tensor | None]:
         scale = settings.get("scaling") or query.shape[-1] ** -0.5
+        heads = heads_read(module)
         if self._ragged is not None:
+            if heads is not None:
+                raise ValueError(
+                    f"{self.method.host!r} needs every query head of a group; do not combine it with a pruning of single query heads"
+                )
             self._window = _Window(query, self._ragged.visible(query.shape[1], query.shape[2]), scale)
             return self._ragged.attention(query, scale, settings.get("dropout", 0.0)), None
-        self._window = _Window(query, _boolean(attention_mask), scale)
+        self._window = _Window(query, _boolean(attention_mask), scale, heads)
         return own(module, query, key, value, attention_mask, **settings)
 
     def after(self, module: nn.Module, cache: Cache | None) -> None:
@@ -207,19 +212,27 @@ class CacheSession:
             return torch.zeros(keys.shape[:3], device=keys.device)
         if many is not None:
             window = window.last(many)
-        return token_scores(self.method.score, window.queries, keys, values, window.scale, window.mask)
+        if window.heads is None:
+            return token_scores(self.method.score, window.queries, keys, values, window.scale, window.mask)
+        own = token_scores(self.method.score, window.queries, keys[:, window.heads], values[:, window.heads], window.scale, window.mask)
+        return own.new_zeros(keys.shape[:3]).index_add(1, window.heads, own)
 
     def _error(self, layer: Any, window: "_Window", kept: Tensor) -> Tensor:
         window = window.last(min(self.method.host.window or QUERIES_AT_ONCE, QUERIES_AT_ONCE))
-        return eviction_error(window.queries, layer.keys, layer.values, window.scale, kept, window.mask)
+        keys, values = layer.keys, layer.values
+        if window.heads is not None:
+            keys, values, kept = keys[:, window.heads], values[:, window.heads], kept[:, window.heads]
+        return eviction_error(window.queries, keys, values, window.scale, kept, window.mask)
 
 
 class _Window(NamedTuple):
-    """What attention saw: ``queries`` (B, H, q, D), a boolean mask (B, 1 or H, q, T) or ``None`` for a causal one, and the scale of logits."""
+    """What attention saw: ``queries`` (B, H, q, D), a boolean mask (B, 1 or H, q, T) or ``None`` for a causal one, the scale of logits, and
+    the key-value head (H,) of each query head where they are not equally many."""
 
     queries: Tensor
     mask: Tensor | None
     scale: float
+    heads: Tensor | None = None
 
     def last(self, many: int) -> "_Window":
         return self._replace(queries=self.queries[:, :, -many:], mask=None if self.mask is None else self.mask[:, :, -many:])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsim.llm.attention import read_by
+from fedsim.llm.attention import read_by, unobserved
 from fedsim.llm.families import family_of
 from fedsim.llm.pruned_model import Family, VacantAttention, VacantMLP
 from fedsim.llm.structures import key_value_heads
@@ -137,7 +137,8 @@ class AttentionSite(Site):
 
     def states(self, hidden: Tensor, arguments: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
         own = {name: _part(name, value, rows, columns) for name, value in arguments.items()}
-        return self._captured(lambda: self.forward(hidden, **own))
+        with unobserved(self.attention):
+            return self._captured(lambda: self.forward(hidden, **own))
 
     def keep(self, units: Tensor, seen: Callable[[Tensor], None] | None, bias: Tensor | None) -> None:
         self.restore()
