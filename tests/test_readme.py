@@ -49,9 +49,11 @@ def test_the_task_example_is_short_and_runs_from_the_command_line(tmp_path):
 
 def test_the_language_example_runs(tmp_path):
     (tmp_path / "language.py").write_text(next(block for block in BLOCKS if "save_pruned" in block))
-    sparsity, parameters = run_python(["language.py"], tmp_path).split()
+    pruned, served = run_python(["language.py"], tmp_path).strip().splitlines()
+    sparsity, parameters = pruned.split()
     assert 0.1 < float(sparsity) < 0.4
     assert int(parameters) < 450_000 / 4
+    assert re.match(r"Served\(dense=\d+, pruned=\d+, probe=\d+\) \d+ \(0\.\d+, 0\.\d+\)$", served)
 
 
 def test_every_file_the_table_names_exists():
