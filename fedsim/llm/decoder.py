@@ -10,6 +10,7 @@ from torch import nn
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3", "opt", "gpt2"]
 Numbers = Literal["float32", "float64", "bfloat16"]
 Attention = Literal["sdpa", "eager"]
+LEARNED_POSITIONS = ("opt", "gpt2")  # a text longer than their table of positions cannot be read; the others rotate
 
 
 @dataclass(frozen=True, kw_only=True)
