@@ -15,12 +15,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fedsim.encoding import digest
 from fedsim.errors import CheckpointError
 from fedsim.llm import pruned_model
 from fedsim.llm.families import family_of
+from fedsim.llm.folders import read_model
 from fedsim.llm.pruned_model import PRUNED, Family
 from fedsim.llm.structures import key_value_heads
 from fedsim.pruning.structures import StructureMap
@@ -68,12 +69,10 @@ def save_pruned(
 def load_pruned(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model that :func:`save_pruned` wrote, in evaluation mode, without running code from the folder.
 
-    Raises ``CheckpointError`` for a folder that is missing or damaged.
+    Raises ``CheckpointError`` for a folder that is missing or damaged, or lacks a weight.
     """
     try:
-        config = PretrainedConfig.get_config_dict(str(path), local_files_only=True)[0]
-        loader = PRUNED[config["model_type"]] if "per_layer_config" in config else AutoModelForCausalLM
-        model: nn.Module = loader.from_pretrained(path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True)
+        model = read_model(path, dtype=dtype or "auto")
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} holds no pruned language model that can be read: {error}") from error
     return model.eval()

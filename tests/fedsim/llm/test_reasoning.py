@@ -177,6 +177,18 @@ def test_long_and_short_solutions_count_alike():
 def test_problems_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"problem \d+ has \d+ tokens, length=20 takes 21; raise length"):
         task(length=20).data()
+    sums = Problems(("1+1? or not", "1+2", "1+3"), ("1", "2", "3"))
+    with pytest.raises(
+        ValueError, match=r"question of problem 0 holds the separator '\?', .*; give separator= a text that no question holds"
+    ):
+        task(problems=sums, test_share=0.4).data()
+    own = task(problems=sums, separator="=#")
+    batch = own.batch(sums.questions, sums.solutions)
+    assert torch.equal(own.self_targets(own.build(0), batch.inputs) != -100, batch.targets != -100)
+    with pytest.raises(ValueError, match="question of problem 0 holds the separator"):  # "##" begins before its place
+        task(separator="##").batch(["1+1#"], ["2"])
+    with pytest.raises(ValueError, match="length=20 is over the positions=19 of this gpt2"):
+        task(length=20, model=Decoder(architecture="gpt2", positions=19))
     with pytest.raises(ValueError, match="separator must be text"):
         task(separator="")
     with pytest.raises(ValueError, match="problems must be a source"):

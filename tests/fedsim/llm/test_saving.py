@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -127,6 +128,11 @@ def test_saving_again_replaces_the_folder_but_never_another_one(tmp_path):
     for _ in range(2):
         save_pruned(model, submodel, smap, tmp_path / "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "other"]
+    weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    safetensors.torch.save_file({n: w for n, w in weights.items() if n != name}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks 1 weights, among them '{name}'"):
+        load_pruned(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00" * 100)
     for broken in ("model", "nowhere", "other"):
         with pytest.raises(CheckpointError, match="holds no pruned language model that can be read"):
