@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "fedsim.llm.arithmetic": ("Arithmetic",),
+    "fedsim.llm.arithmetic": ("Arithmetic", "characters"),
     "fedsim.llm.causal_lm": ("CausalLM",),
     "fedsim.llm.decoder": ("Decoder", "Folder"),
     "fedsim.llm.generation": ("Trace", "generate"),
+    "fedsim.llm.objectives": ("Checkpointed", "Choices", "Margin"),
     "fedsim.llm.reasoning": ("GSM8K", "MathQA", "Problems", "exact_match"),
     "fedsim.llm.reasoning_task": ("Reasoning",),
     "fedsim.llm.resp": ("RESP",),
@@ -28,3 +29,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'fedsim.llm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

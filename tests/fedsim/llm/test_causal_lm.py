@@ -170,6 +170,14 @@ def test_every_source_of_text_reads_what_it_says(tmp_path):
         assert source.read() == Documents(("one", "two"), ("a", "b"))
     with pytest.raises(ValueError, match="has no column 'text'; its columns are q, who"):
         Parquet(tmp_path / "x.parquet").read()
+    odd = pa.array([10**8, 10**8], pa.date32())  # days that Python cannot read, and nobody asked for
+    pq.write_table(pa.table({"q": ["one", "two"], "day": odd}), tmp_path / "x.parquet")
+    assert Parquet(tmp_path / "x.parquet", "q").read() == Documents(("one", "two"))
+    for who in (None, float("nan")):
+        with pytest.raises(
+            ValueError, match="row 1 of column 'who' of the table names no author; name one in every row, or set author=None"
+        ):
+            Columns({"q": ["one", "two"], "who": ["a", who]}, "q", "who").read()
     (tmp_path / "x.jsonl").write_text('{"text": "one\u2028line"}\n\n{"text": "two"}\n', encoding="utf-8")
     assert JSONLines(tmp_path / "x.jsonl").read().texts == ("one\u2028line", "two")
     for line, what in (("[1, 2]", "line 2 of .* must be a JSON object, got"), ("{text", "line 2 of .* is no JSON")):
@@ -321,6 +329,12 @@ def test_a_token_outside_the_vocabulary_is_refused_even_at_the_end():
 
     with pytest.raises(ValueError, match=r"tokens must lie in 0..12, got 0 to 13"):
         task(tokenizer=Wrong("abcdefghij "), pack=False, length=50).data()
+
+
+def test_the_package_lists_what_it_exports():
+    for name in ("Checkpointed", "Choices", "Margin", "characters", "generate", "save_pruned"):
+        assert name in dir(fs.llm)
+        assert getattr(fs.llm, name).__name__ == name
 
 
 def test_every_family_is_tested():
