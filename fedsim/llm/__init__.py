@@ -7,15 +7,16 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "fedsim.llm.arithmetic": ("Arithmetic",),
+    "fedsim.llm.arithmetic": ("Arithmetic", "characters"),
     "fedsim.llm.causal_lm": ("CausalLM",),
     "fedsim.llm.decoder": ("Decoder", "Folder"),
     "fedsim.llm.eviction": ("H2O", "TOVA", "AdaKV", "SnapKV", "StreamingLLM"),
-    "fedsim.llm.history": ("History",),
-    "fedsim.llm.probe_pruning": ("ProbePruning",),
     "fedsim.llm.generation": ("Trace", "generate"),
+    "fedsim.llm.history": ("History",),
     "fedsim.llm.kv_budget": ("budget_for", "kv_bytes_per_token"),
     "fedsim.llm.obcache": ("CacheSession", "OBCache"),
+    "fedsim.llm.objectives": ("Checkpointed", "Choices", "Margin"),
+    "fedsim.llm.probe_pruning": ("ProbePruning",),
     "fedsim.llm.reasoning": ("GSM8K", "MathQA", "Problems", "exact_match"),
     "fedsim.llm.reasoning_task": ("Reasoning",),
     "fedsim.llm.resp": ("RESP",),
@@ -43,3 +44,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'fedsim.llm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

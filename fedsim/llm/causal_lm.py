@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsim.llm.decoder import Decoder, Folder, built
+from fedsim.llm.decoder import Decoder, Folder, built, check_length
 from fedsim.llm.text import Source
 from fedsim.llm.tokens import Bytes, Tokenizer
 from fedsim.pruning.structures import StructureMap
@@ -60,8 +60,12 @@ class LanguageTask(Task):
 
     def build(self, seed: int) -> nn.Module:
         """The plain Hugging Face model, without a cache; ``seed`` matters where it starts from scratch."""
+        from fedsim.llm.families import check_positions
+
         with torch_seeded(seed, "model"):
-            return built(self.model, self.tokenizer.vocabulary)
+            model = built(self.model, self.tokenizer.vocabulary)
+        check_positions(model, self.length, f"texts of length={self.length}")
+        return model
 
     def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Unnormalised log-probabilities (B, L, V) of the next tokens."""
@@ -71,6 +75,7 @@ class LanguageTask(Task):
     def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy of each token (B, L) in nats; 0 where none is asked for."""
         logits = self.logits(model, batch.inputs)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # in bfloat16 a loss has three digits
         return F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=IGNORED, reduction="none")
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -98,9 +103,10 @@ class CausalLM(LanguageTask):
     """``texts``, a source or one for each named domain, cut into runs of ``length`` tokens.
 
     ``model`` is a :class:`Decoder` to train from scratch, or a local :class:`Folder` or its path. ``test_share`` of every domain's documents is held
-    out. With ``pack`` the documents of one author are laid end to end and a rest shorter than a run is dropped; without it each begins a
-    run of its own, padded at its end. Limits keep a random subset, a function of ``seed``. Keys: "domain", "author" (numbered over all
-    domains), and without ``pack`` "document". Raises ``ValueError`` for text or fields that cannot be used.
+    out. With ``pack`` the documents of one author are laid end to end and a rest shorter than a run is dropped, so an author of fewer tokens
+    is left out; without it each begins a run of its own, padded at its end. Limits keep a random subset, a function of ``seed``. Keys: "domain", "author" (numbered over all
+    domains), and without ``pack`` "document". Raises ``ValueError`` for text or fields that cannot be used, and naming a domain of which
+    no run is left.
     """
 
     texts: Source | tuple[tuple[str, Source], ...] | Mapping[str, Source]
@@ -119,11 +125,15 @@ class CausalLM(LanguageTask):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        check_length(self.model, self.length)
         texts = self.texts
         if isinstance(texts, Mapping):
             object.__setattr__(self, "texts", tuple(texts.items()))
         elif not isinstance(texts, tuple):
             object.__setattr__(self, "texts", (("", texts),))
+        for pair in self._domains:
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+                raise ValueError(f"texts must be a source of text, or pairs of a name and a source, got {pair!r} in {self.texts!r}")
         if not self._domains or len({name for name, _ in self._domains}) < len(self._domains):
             raise ValueError(f"texts must name at least one domain and none twice, got {self.texts!r}")
         for name, source in self._domains:
@@ -168,14 +178,17 @@ class CausalLM(LanguageTask):
         return held
 
     def _tokens(self, text: str) -> Ints:
-        return np.append(self.tokenizer.encode(text), self.tokenizer.end)
+        return np.concatenate([self.tokenizer.opening, self.tokenizer.encode(text), [self.tokenizer.end]])
 
     def _dataset(self, runs: list[Run], split: str, limit: int | None) -> Dataset:
         if self.pack:
             runs = list(_packed(runs))
         rows = [row for run in runs for row in _cut(run, self.length, drop_rest=self.pack)]
-        if not rows:
-            raise ValueError(f"no text of the {split} split fills a run of {self.length} tokens; lower length, or set pack=False")
+        for domain in sorted(set(range(len(self._domains))) - {row.domain for row in rows}):
+            raise ValueError(
+                f"no author of domain {self.domain_names[domain]!r} fills a run of {self.length} tokens in the {split} split"
+                f" ({len({run.author for run in runs if run.domain == domain})} authors); lower length, or set pack=False"
+            )
         if limit is not None and limit < len(rows):
             chosen = np.sort(rng_for(self.seed, "text", "limit", split).choice(len(rows), limit, replace=False))
             rows = [rows[i] for i in chosen]

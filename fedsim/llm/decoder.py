@@ -10,14 +10,15 @@ from torch import nn
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3", "opt", "gpt2"]
 Numbers = Literal["float32", "float64", "bfloat16"]
 Attention = Literal["sdpa", "eager"]
+LEARNED_POSITIONS = ("opt", "gpt2")  # a text longer than their table of positions cannot be read; the others rotate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
     """A decoder of one of the supported families, with random weights: ``layers`` of ``width``, MLPs of ``hidden``.
 
-    ``heads`` query heads of ``head_dim`` features (``None``: width / heads) read ``kv_heads`` key-value heads (``None``: their own; OPT and
-    GPT-2 have no other). ``positions`` bounds the length of texts where positions are learned. No dropout. ``attention`` is torch's fused one or
+    ``heads`` query heads of ``head_dim`` features (``None``: width / heads) read ``kv_heads`` key-value heads (``None``: their own). OPT and
+    GPT-2 have no others: there the default means ``None``, and another number is refused. ``positions`` bounds the length of texts where positions are learned. No dropout. ``attention`` is torch's fused one or
     written out. Clients train in float32 or float64. Raises ``ValueError`` for sizes the family has not.
     """
 
@@ -42,6 +43,8 @@ class Decoder:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
         if self.architecture in ("opt", "gpt2"):
+            if self.kv_heads not in (None, self.heads, Decoder.kv_heads):
+                raise ValueError(f"kv_heads must be None in {self.architecture}, where every head has its own, got {self.kv_heads!r}")
             object.__setattr__(self, "kv_heads", None)
             if self.head_dim is not None:
                 raise ValueError(f"head_dim follows from width and heads in {self.architecture}, got {self.head_dim!r}")
@@ -87,11 +90,12 @@ class Folder:
 def built(model: Decoder | Folder | str, vocabulary: int) -> nn.Module:
     """A Hugging Face causal language model that keeps no cache unless asked to; a ``str`` is the path of a :class:`Folder`.
 
-    Raises ``ValueError`` for an unsupported architecture, a folder without a model, or a vocabulary larger than the model's.
+    Raises ``ValueError`` for an unsupported architecture, a folder without a whole model, or a vocabulary larger than the model's.
     """
     from transformers import AutoModelForCausalLM
 
     from fedsim.llm.families import family_of
+    from fedsim.llm.folders import read_model
 
     model = Folder(model) if isinstance(model, str) else model
     kind: Any = {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
@@ -101,8 +105,8 @@ def built(model: Decoder | Folder | str, vocabulary: int) -> nn.Module:
     if not Path(model.path).is_dir():
         raise ValueError(f"model must be a Decoder or a local folder, got {model.path!r}")
     try:
-        found: nn.Module = AutoModelForCausalLM.from_pretrained(model.path, local_files_only=True, use_safetensors=True, **kind)
-    except (OSError, RuntimeError) as error:
+        found = read_model(model.path, **kind)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{model.path} holds no causal language model that can be read: {error}") from error
     family_of(found)
     config: Any = found.config
@@ -112,6 +116,14 @@ def built(model: Decoder | Folder | str, vocabulary: int) -> nn.Module:
         )
     config.use_cache = False
     return found
+
+
+def check_length(model: Decoder | Folder | str, length: int) -> None:
+    """``ValueError`` for texts of ``length`` tokens that a :class:`Decoder` with learned positions cannot read."""
+    if isinstance(model, Decoder) and model.architecture in LEARNED_POSITIONS and length > model.positions:
+        raise ValueError(
+            f"length={length} is over the positions={model.positions} of this {model.architecture}; lower it, or raise positions"
+        )
 
 
 def _check_choice(name: str, value: str, allowed: Any) -> None:

@@ -1,7 +1,7 @@
-"""Batched sampling from a causal language model with a key-value cache; what is written depends on the seed and the prompt alone.
+"""Batched sampling from a causal language model with a key-value cache; what is written depends on the seed, the prompt and its id.
 
-Prompts of like length share a batch, padded at the left; rows that ended leave it. Each prompt draws with coins of its own, so
-batches and their order move a trace only where rounding moves a probability across a coin.
+Prompts of like length share a batch, padded at the left; rows that ended leave it. Each id draws with coins of its own, so batches
+and their order move a trace only where rounding moves a probability across a coin.
 """
 
 # B batch, L length of the longest prompt, V vocabulary
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from fedsim.llm.families import check_positions
 from fedsim.pruning.tracing import evaluating
 from fedsim.randomness import uniforms
 
@@ -41,25 +42,34 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     index: int = 0,
+    ids: ArrayLike | None = None,
     batch: int = 64,
 ) -> list[Trace]:
     """What ``model``, a Hugging Face causal language model, writes after each of ``prompts`` (n,), until ``end`` or ``max_new_tokens``.
 
     ``temperature=0`` takes the most probable token; else tokens are drawn from the tempered law, cut to the smallest set of
-    probability ``top_p``. The coin of prompt i for its t-th token is a function of (``seed``, i, ``index``, t). The model is left as it
-    was. Raises ``ValueError`` for fields out of range and, with its number, for an empty prompt.
+    probability ``top_p``. The coin of a prompt for its t-th token is a function of (``seed``, id, ``index``, t); ``ids`` (n,), whole numbers
+    from 0, are the prompts' places unless given. The model is left as it was. Raises ``ValueError`` for fields out of range, for texts that
+    could outgrow learned positions and, with its number, for an empty prompt.
     """
-    _check(max_new_tokens, temperature, top_p, batch)
+    check_sampling(temperature, top_p)
+    check_count("max_new_tokens", max_new_tokens)
+    check_count("batch", batch)
     found = [np.asarray(p, np.int64) for p in prompts]
+    numbers = np.arange(len(found)) if ids is None else np.asarray(ids, np.int64)
+    if numbers.shape != (len(found),):
+        raise ValueError(f"ids must hold one number for each of {len(found)} prompts, got shape {numbers.shape}")
     for number, prompt in enumerate(found):
         if prompt.ndim != 1 or not len(prompt):
             raise ValueError(f"prompt {number} must hold at least one token, got shape {prompt.shape}")
+    longest = max(map(len, found), default=0)
+    check_positions(model, longest + max_new_tokens - 1, f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens}")
     order = np.argsort([-len(p) for p in found], kind="stable")
     traces: dict[int, Trace] = {}
     with torch.no_grad(), evaluating(model), _caching(model):
         for low in range(0, len(order), batch):
             members = order[low : low + batch]
-            coins = uniforms(seed, "generate", members, index, max_new_tokens) if temperature else None
+            coins = uniforms(seed, "generate", numbers[members], index, max_new_tokens) if temperature else None
             writer = _Writer(model, end, temperature, top_p, max_new_tokens)
             traces.update(zip(members.tolist(), writer.write([found[i] for i in members], coins), strict=True))
     return [traces[i] for i in range(len(found))]
@@ -148,10 +158,14 @@ def _caching(model: nn.Module) -> Any:
         config.use_cache = before
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, batch: int) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch", batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+def check_count(name: str, value: int) -> None:
+    """``ValueError`` unless ``value`` is a whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """``ValueError`` for a law that nothing can be drawn from."""
     if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
     if not 0 < top_p <= 1:

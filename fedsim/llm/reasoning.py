@@ -7,19 +7,20 @@ MathQA: Amini et al. (2019), arXiv:1905.13319.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsim.llm.generation import Trace
+from fedsim.llm.text import json_lines, read_text
 from fedsim.llm.tokens import Tokenizer
 
 Answer = Decimal | str
-_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+_NUMBER = r"(?<!\d)-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\w)\.\d+)"  # no sign after a digit: 5-6 is a range
+_STATED = r"\(\s*([a-e])\s*\)|([a-e])(?:\)|(?=\s*(?:[.,;:!?\n]|$)))"  # bare letters end their clause: "a" is also an article
 _THOUGHT = "</think>"
 
 
@@ -33,6 +34,8 @@ class Problems:
     styles: tuple[str, ...] = ("",)
 
     def __post_init__(self) -> None:
+        for name in ("questions", "solutions", "style", "styles"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.questions or len(self.questions) != len(self.solutions):
             raise ValueError(f"there must be a solution for each question, got {len(self.questions)} and {len(self.solutions)}")
         if self.style and (len(self.style) != len(self.questions) or not 0 <= min(self.style) <= max(self.style) < len(self.styles)):
@@ -58,7 +61,7 @@ class GSM8K:
         object.__setattr__(self, "path", str(self.path))
 
     def read(self) -> Problems:
-        rows = [json.loads(line) for line in _read(self.path).splitlines() if line.strip()]
+        rows = json_lines(self.path)
         questions, solutions = _column(rows, "question", self.path), _column(rows, "answer", self.path)
         for number, solution in enumerate(solutions):
             if gsm8k_answer(solution) is None:
@@ -76,7 +79,10 @@ class MathQA:
         object.__setattr__(self, "path", str(self.path))
 
     def read(self) -> Problems:
-        rows = json.loads(_read(self.path))
+        try:
+            rows = json.loads(read_text(self.path))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path} is no JSON: {error}") from error
         problems, options, reasons, right = (_column(rows, n, self.path) for n in ("Problem", "options", "Rationale", "correct"))
         for number, (offered, letter) in enumerate(zip(options, right, strict=True)):
             if letter.lower() not in mathqa_options(offered):
@@ -97,10 +103,12 @@ def gsm8k_answer(text: str) -> Decimal | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of ``text``, after the closing think tag where there is one.
+    """The last number of ``text``, after the closing think tag where there is one; a hyphen after a digit is no sign.
 
     >>> last_number("It costs $5. Or 1,000?")
     Decimal('1000')
+    >>> last_number("for ages 5-6"), last_number("1,2,3"), last_number("about .5")
+    (Decimal('6'), Decimal('3'), Decimal('0.5'))
     """
     found = re.findall(_NUMBER, text.rpartition(_THOUGHT)[2])
     return _number(found[-1]) if found else None
@@ -123,18 +131,21 @@ def mathqa_options(offered: str) -> dict[str, str]:
 
 
 def choice(text: str) -> str | None:
-    """The last ``answer is (x)`` of ``text``, in lower case."""
-    found = re.findall(r"(?i)answer\s+is\s*:?\s*\(?\s*([a-e])\b", text.rpartition(_THOUGHT)[2])
-    return found[-1].lower() if found else None
+    """The last ``answer is (x)`` of ``text``, in lower case; without parentheses, where the letter ends its clause.
+
+    >>> choice("The answer is a bit hard to see, but the answer is C.")
+    'c'
+    """
+    return _last_letter(rf"answer\s+is\s*:?\s*(?:{_STATED})", text.rpartition(_THOUGHT)[2])
 
 
-def lenient_choice(text: str, options: dict[str, str] | None = None) -> str | None:
-    """:func:`choice`, else the last single letter of an option, else the one option equal to the last number of ``text``."""
+def lenient_choice(text: str, options: Mapping[str, str] | None = None) -> str | None:
+    """:func:`choice`, else the last single letter of an option (no article "a"), else the one option equal to the last number of ``text``."""
     text = text.rpartition(_THOUGHT)[2]
     if (stated := choice(text)) is not None:
         return stated
-    if letters := re.findall(r"(?i)(?<![\w'])\(?([a-e])\)?(?![\w'])", text):
-        return str(letters[-1]).lower()
+    if (letter := _last_letter(rf"(?<![\w'])(?:{_STATED}|([b-e])(?![\w']))", text)) is not None:
+        return letter
     number = last_number(text)
     equal = [letter for letter, value in (options or {}).items() if number is not None and last_number(value) == number]
     return equal[0] if len(equal) == 1 else None
@@ -158,11 +169,18 @@ def exact_match(
     tokenizer: Tokenizer,
     *,
     strict: Callable[[str], Answer | None] = gsm8k_answer,
-    lenient: Callable[[str], Answer | None] = last_number,
+    lenient: Callable[..., Answer | None] = last_number,
+    options: Sequence[Mapping[str, str]] | None = None,
 ) -> Score:
-    """How many ``traces`` end in the answer of their solution. Raises ``ValueError`` for none, or for a solution without an answer."""
+    """How many ``traces`` end in the answer of their solution.
+
+    ``options`` of each problem, where given, are the second argument of ``lenient``; for MathQA, ``strict=choice, lenient=lenient_choice``
+    and the :func:`mathqa_options` of every question's last line. Raises ``ValueError`` for no traces, or for a solution without an answer.
+    """
     if not traces or len(traces) != len(solutions):
         raise ValueError(f"there must be a solution for each trace, and one at least, got {len(traces)} and {len(solutions)}")
+    if options is not None and len(options) != len(traces):
+        raise ValueError(f"there must be options for each trace, got {len(options)} for {len(traces)}")
     right = np.zeros((2, len(traces)), np.bool_)
     unparsed = 0
     for number, (trace, solution) in enumerate(zip(traces, solutions, strict=True)):
@@ -171,7 +189,7 @@ def exact_match(
             raise ValueError(f"solution {number} has no answer: {solution!r}")
         if trace.finished:
             text = tokenizer.decode(trace.tokens)
-            found = strict(text), lenient(text)
+            found = strict(text), lenient(text) if options is None else lenient(text, options[number])
             unparsed += found[1] is None
             right[:, number] = [answer == gold for answer in found]
     return Score(
@@ -191,10 +209,12 @@ def _number(text: str) -> Decimal | None:
         return None
 
 
-def _read(path: str) -> str:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    return Path(path).read_text(encoding="utf-8")
+def _last_letter(pattern: str, text: str) -> str | None:
+    """The one letter that the groups of the last match hold, in lower case."""
+    found = None
+    for match in re.finditer(pattern, text, re.IGNORECASE):
+        found = "".join(group for group in match.groups() if group).lower()
+    return found
 
 
 def _column(rows: Sequence[Any], name: str, path: str) -> list[str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.llm.causal_lm import IGNORED, LanguageTask, Run, runs_of_tokens, trailing
-from fedsim.llm.decoder import Decoder
+from fedsim.llm.decoder import Decoder, Folder, check_length
 from fedsim.llm.reasoning import Problems
 from fedsim.llm.tokens import Bytes, Tokenizer
 from fedsim.randomness import rng_for
@@ -32,11 +32,12 @@ class Reasoning(LanguageTask):
     """``problems`` to solve: the model reads question and ``separator`` and is asked for the tokens of the solution and an end.
 
     ``model`` as in :class:`fedsim.llm.CausalLM`; ``length`` bounds question and solution together. ``test_share`` of the problems is held
-    out. Key: "domain", the style of the solution. Raises ``ValueError`` for a problem that does not fit, naming it.
+    out. Key: "domain", the style of the solution. Raises ``ValueError`` naming a problem that does not fit, or whose question holds the
+    separator: the first one in a text ends its question.
     """
 
     problems: ProblemSource
-    model: Decoder | str = field(default_factory=Decoder)
+    model: Decoder | Folder | str = field(default_factory=Decoder)
     tokenizer: Tokenizer = field(default_factory=Bytes)
     length: int = 128
     separator: str = "?"
@@ -47,6 +48,7 @@ class Reasoning(LanguageTask):
         check_share("test_share", self.test_share)
         if self.length < 2:
             raise ValueError(f"length must be at least 2, got {self.length!r}")
+        check_length(self.model, self.length)
         if not self.separator:
             raise ValueError("separator must be text that stands between question and solution, got ''")
         if not hasattr(self.problems, "read"):
@@ -65,8 +67,8 @@ class Reasoning(LanguageTask):
         return Splits(self._dataset(problems, np.flatnonzero(~held)), self._dataset(problems, np.flatnonzero(held)))
 
     def prompt(self, question: str) -> Ints:
-        """Tokens (n,) of ``question`` and the separator."""
-        return np.concatenate([self.tokenizer.encode(question), self.tokenizer.encode(self.separator)])
+        """Tokens (n,) of ``question``, opened where the tokenizer opens texts, and the separator."""
+        return np.concatenate([self.tokenizer.opening, self.tokenizer.encode(question), self.tokenizer.encode(self.separator)])
 
     def batch(self, questions: Sequence[str], solutions: Sequence[str]) -> Batch:
         """Problems of the user's own as one batch."""
@@ -86,11 +88,23 @@ class Reasoning(LanguageTask):
 
     def _dataset(self, problems: Problems, chosen: Ints) -> Dataset:
         rows, asked_from = [], []
+        separator = self.tokenizer.encode(self.separator)
         for i in chosen.tolist():
             prompt = self.prompt(problems.questions[i])
+            if _first(prompt, separator) != len(prompt) - len(separator):
+                raise ValueError(
+                    f"the question of problem {i} holds the separator {self.separator!r}, so nobody could tell where it ends;"
+                    f" give separator= a text that no question holds, such as '\\nAnswer:'"
+                )
             tokens = np.concatenate([prompt, self.tokenizer.encode(problems.solutions[i]), [self.tokenizer.end]])
             if len(tokens) > self.length + 1:
                 raise ValueError(f"problem {i} has {len(tokens)} tokens, length={self.length} takes {self.length + 1}; raise length")
             rows.append(Run(tokens, problems.style[i] if problems.style else 0, 0, i))
             asked_from.append(len(prompt))
         return runs_of_tokens(rows, self.length, self.tokenizer, documents=False, asked_from=asked_from)
+
+
+def _first(tokens: Ints, part: Ints) -> int:
+    """Where ``part`` begins first; it is there."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(part))
+    return int((windows == part).all(axis=1).argmax())

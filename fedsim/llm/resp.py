@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedsim.errors import CollapsedError
 from fedsim.llm.causal_lm import IGNORED
-from fedsim.llm.generation import Trace, generate
+from fedsim.llm.generation import Trace, check_count, check_sampling, generate
 from fedsim.llm.tokens import Tokenizer
 from fedsim.pruning.gisp import GISP
 from fedsim.pruning.schedule import Progress
@@ -33,10 +33,11 @@ class RESP(GISP):
     """GISP on self-generated traces. Batches need questions only: of each example, what comes before the first target asked for.
 
     Before the first step ``deployed``, where given, else the dense model writes a trace for every question; whenever sparsity has passed a
-    milestone the model as pruned so far writes anew for a share ``refresh`` of them. ``keep`` says which new traces replace the old: "all" (as
-    published), those that "finished", or the "correct" ones, whose ``answer`` equals that of the example's own targets; the others keep
-    the older trace. Raises ``CollapsedError`` where no trace finishes, unless ``on_collapse="keep_old"``; ``ValueError`` for an
-    example whose targets ask for nothing, as its question has no end.
+    milestone the model as pruned so far writes anew for a share ``refresh`` of them (at least one, unless it is 0), with the coins each question
+    has among all. ``keep`` says which new traces replace the old: "all" (as published), those that "finished", or the "correct" ones, whose ``answer`` equals that of the example's own targets; the others keep
+    the older trace. Where not one finishes, ``CollapsedError`` is raised, or with ``on_collapse="keep_old"`` every example stays as it was,
+    before the first step its own targets. Raises ``ValueError`` for fields out of range, and for an example whose targets ask for
+    nothing, as its question has no end.
     """
 
     tokenizer: Tokenizer
@@ -58,6 +59,9 @@ class RESP(GISP):
             raise ValueError(f"milestones must be rising sparsities in (0, 1), got {self.milestones!r}")
         if not 0 <= self.refresh <= 1:
             raise ValueError(f"refresh must be a share in [0, 1], got {self.refresh!r}")
+        check_sampling(self.temperature, self.top_p)
+        for name in ("max_new_tokens", "generation_batch"):
+            check_count(name, getattr(self, name))
         for name, allowed in (("keep", ("all", "finished", "correct")), ("on_collapse", ("raise", "keep_old"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -79,10 +83,10 @@ class RESP(GISP):
         if self.refresh == 0 or not any(progress.before < m <= progress.sparsity for m in self.milestones):
             return batches
         number = sum(len(b.inputs) for b in batches)
-        chosen = rng_for(self.seed, "resp", "refresh", progress.step).permutation(number)[: round(self.refresh * number)]
+        chosen = rng_for(self.seed, "resp", "refresh", progress.step).permutation(number)[: max(round(self.refresh * number), 1)]
         return self._rewritten(batches, progress.pruned(), progress, np.sort(chosen))
 
-    def _rewritten(self, batches: Sequence[Batch], author: torch.nn.Module, progress: Progress, chosen: Ints) -> list[Batch]:
+    def _rewritten(self, batches: Sequence[Batch], author: torch.nn.Module, progress: Progress, chosen: Ints) -> Sequence[Batch]:
         rows = [_split(inputs, targets, number) for number, (inputs, targets) in enumerate(_rows(batches))]
         traces = generate(
             author,
@@ -93,9 +97,11 @@ class RESP(GISP):
             top_p=self.top_p,
             seed=self.seed,
             index=progress.step,
+            ids=chosen,
             batch=self.generation_batch,
         )
-        self._check(traces, progress)
+        if not any(trace.finished for trace in traces):
+            return self._collapsed(batches, len(traces), progress)
         for i, trace in zip(chosen.tolist(), traces, strict=True):
             if self._wanted(trace, rows[i][1]):
                 rows[i] = rows[i][0], trace.tokens
@@ -108,13 +114,13 @@ class RESP(GISP):
         written, before = (self.answer(self.tokenizer.decode(tokens)) for tokens in (trace.tokens, old))
         return trace.finished and written is not None and written == before
 
-    def _check(self, traces: Sequence[Trace], progress: Progress) -> None:
-        finished = sum(t.finished for t in traces)
-        if not finished and self.on_collapse == "raise":
-            raise CollapsedError(
-                f"none of {len(traces)} traces ended within max_new_tokens={self.max_new_tokens} at sparsity {progress.sparsity:.3f}"
-                f" (pruning step {progress.step}); stop at a lower level, raise max_new_tokens, or set on_collapse='keep_old'"
-            )
+    def _collapsed(self, batches: Sequence[Batch], number: int, progress: Progress) -> Sequence[Batch]:
+        if self.on_collapse == "keep_old":
+            return batches
+        raise CollapsedError(
+            f"none of {number} traces ended within max_new_tokens={self.max_new_tokens} at sparsity {progress.sparsity:.3f}"
+            f" (pruning step {progress.step}); stop at a lower level, raise max_new_tokens, or set on_collapse='keep_old'"
+        )
 
 
 def _rows(batches: Sequence[Batch]) -> list[tuple[Ints, Ints]]:
@@ -124,7 +130,7 @@ def _rows(batches: Sequence[Batch]) -> list[tuple[Ints, Ints]]:
 def _split(inputs: Ints, targets: Ints, number: int) -> tuple[Ints, Ints]:
     """Question and answer of one example (L,)."""
     asked = np.flatnonzero(targets != IGNORED)
-    if not len(asked) or asked[0] == len(inputs):
+    if not len(asked):
         raise ValueError(
             f"calibration example {number} asks for no token, so it has no question; every question ends where its answer begins"
         )

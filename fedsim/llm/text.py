@@ -2,12 +2,12 @@
 
 A source is a small value with ``read() -> Documents``; it names its files, so that a run's configuration does too.
 
-Exports: Columns, Documents, JSONLines, Parquet, Play, PythonSource, Source, TextFile, WikiText.
+Exports: Columns, Documents, JSONLines, Parquet, Play, PythonSource, Source, TextFile, WikiText, json_lines, read_text.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,7 +57,7 @@ class TextFile:
             raise ValueError(f"size must be at least 1 character, got {self.size!r}")
 
     def read(self) -> Documents:
-        text = _text(self.path)
+        text = read_text(self.path)
         if self.size is None:
             return _documents((p for p in re.split(r"\n\s*\n", text) if p.strip()), self.path)
         return _documents(_pieces(text, self.size), self.path)
@@ -73,7 +73,7 @@ class WikiText:
         object.__setattr__(self, "path", str(self.path))
 
     def read(self) -> Documents:
-        articles = re.split(r"(?m)^(?= = [^=\n](?:[^\n]*[^=\n])? = $)", _text(self.path))
+        articles = re.split(r"(?m)^(?= = [^=\n](?:[^\n]*[^=\n])? = $)", read_text(self.path))
         return _documents((a.strip() for a in articles if a.strip()), self.path)
 
 
@@ -89,7 +89,7 @@ class Play:
         object.__setattr__(self, "speakers", tuple(self.speakers))
 
     def read(self) -> Documents:
-        parts = re.split(r"(?m)^([A-Z][A-Za-z' ]*):\n", _text(self.path))
+        parts = re.split(r"(?m)^([A-Z][A-Za-z' ]*):\n", read_text(self.path))
         speeches = [(name, speech.strip()) for name, speech in zip(parts[1::2], parts[2::2], strict=True) if speech.strip()]
         if self.speakers:
             known = {name for name, _ in speeches}
@@ -111,18 +111,9 @@ class JSONLines:
         object.__setattr__(self, "path", str(self.path))
 
     def read(self) -> Documents:
-        rows = []
-        for number, line in enumerate(_text(self.path).split("\n"), 1):  # not splitlines: strings in JSON may hold other line ends
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} of {self.path} is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {self.path} must be a JSON object, got {line.strip()[:40]!r}")
-            rows.append(row)
-        return _of_columns(_JSONColumns(rows, self.path), self.text, self.author, self.path)
+        rows = json_lines(self.path)
+        columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
+        return _of_columns(columns, list(columns), self.text, self.author, self.path)
 
 
 @dataclass(frozen=True)
@@ -143,10 +134,12 @@ class Parquet:
         if not Path(self.path).is_file():
             raise FileNotFoundError(f"no such file: {self.path}")
         try:
-            table = pq.read_table(self.path)
+            names = pq.read_schema(self.path).names
+            wanted = _wanted(names, self.text, self.author)
+            table = pq.read_table(self.path, columns=wanted)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{self.path} is not a readable Parquet file: {error}") from error
-        return _of_columns({n: table.column(n).to_pylist() for n in table.column_names}, self.text, self.author, self.path)
+        return _of_columns({n: table.column(n).to_pylist() for n in wanted}, names, self.text, self.author, self.path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +152,7 @@ class Columns:
 
     def read(self) -> Documents:
         names = getattr(self.table, "column_names", None) or list(self.table)
-        return _of_columns({n: self.table[n] for n in names}, self.text, self.author, "the table")
+        return _of_columns({n: self.table[n] for n in _wanted(names, self.text, self.author)}, names, self.text, self.author, "the table")
 
 
 @dataclass(frozen=True)
@@ -191,24 +184,55 @@ class PythonSource:
             spec = find_spec(name)
             if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
                 raise ValueError(f"modules names {name!r}, which has no Python source here")
-            texts += _pieces(_text(spec.origin), self.size)
+            texts += _pieces(read_text(spec.origin), self.size)
         return Documents(tuple(texts))
 
 
-class _JSONColumns(dict[str, list[Any]]):
-    def __init__(self, rows: Sequence[Any], path: str):
-        super().__init__({n: [row.get(n) for row in rows] for n in dict.fromkeys(key for row in rows for key in row)})
+def json_lines(path: str) -> list[dict[str, Any]]:
+    """The objects of a file with one a line. Raises ``ValueError`` with the number of a line that holds none."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: strings in JSON may hold other line ends
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {path} must be a JSON object, got {line.strip()[:40]!r}")
+        rows.append(row)
+    return rows
 
 
-def _of_columns(columns: Any, text: str, author: str | None, where: str) -> Documents:
+def read_text(path: str) -> str:
+    """All of a file. Raises ``FileNotFoundError``, and ``ValueError`` for one that is not UTF-8."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def _wanted(names: Sequence[str], *columns: str | None) -> list[str]:
+    return [name for name in columns if name is not None and name in names]
+
+
+def _of_columns(columns: Mapping[str, Any], names: Sequence[str], text: str, author: str | None, where: str) -> Documents:
     for name in (text, author):
-        if name is not None and name not in columns:
-            raise ValueError(f"{where} has no column {name!r}; its columns are {', '.join(columns)}")
+        if name is not None and name not in names:
+            raise ValueError(f"{where} has no column {name!r}; its columns are {', '.join(names)}")
     texts = list(columns[text])
     for number, found in enumerate(texts):
         if not isinstance(found, str):
             raise ValueError(f"row {number} of column {text!r} of {where} must be text, got {found!r}")
-    return _documents(texts, where, () if author is None else tuple(map(str, columns[author])))
+    if author is None:
+        return _documents(texts, where)
+    authors = list(columns[author])
+    for number, found in enumerate(authors):
+        if found is None or found != found:  # NaN too
+            raise ValueError(f"row {number} of column {author!r} of {where} names no author; name one in every row, or set author=None")
+    return _documents(texts, where, tuple(map(str, authors)))
 
 
 def _documents(texts: Any, where: str, authors: tuple[str, ...] = ()) -> Documents:
@@ -216,15 +240,6 @@ def _documents(texts: Any, where: str, authors: tuple[str, ...] = ()) -> Documen
     if not any(found):
         raise ValueError(f"there is no text in {where}")
     return Documents(found, authors)
-
-
-def _text(path: str) -> str:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

@@ -26,8 +26,13 @@ class Tokenizer(Protocol):
     @property
     def pad(self) -> int: ...
 
+    @property
+    def opening(self) -> Ints:
+        """Tokens (n,), none or one, that stand before every document and every question."""
+        ...
+
     def encode(self, text: str) -> Ints:
-        """Tokens (n,) of ``text``, without an end."""
+        """Tokens (n,) of ``text``, without opening and end."""
         ...
 
     def decode(self, tokens: ArrayLike) -> str:
@@ -46,6 +51,10 @@ class Bytes:
     vocabulary = 258
     end = 256
     pad = 257
+
+    @property
+    def opening(self) -> Ints:
+        return np.empty(0, np.int64)
 
     def encode(self, text: str) -> Ints:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
@@ -86,6 +95,10 @@ class Characters:
     def pad(self) -> int:
         return len(self.alphabet) + 1
 
+    @property
+    def opening(self) -> Ints:
+        return np.empty(0, np.int64)
+
     @cached_property
     def _places(self) -> dict[str, int]:
         return {character: i for i, character in enumerate(self.alphabet)}
@@ -103,9 +116,14 @@ class Characters:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The tokenizer in the local folder ``path``; where it knows no padding, its end pads. Raises ``ValueError`` for a folder without one."""
+    """The tokenizer in the local folder ``path``; where it knows no padding, its end pads.
+
+    No special token is added to a text. ``start`` puts the tokenizer's beginning of text before every document and question: set it
+    for models that were trained so, such as Llama's. Raises ``ValueError`` for a folder without a tokenizer, or one without what is asked for.
+    """
 
     path: str
+    start: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(self.path))
@@ -122,6 +140,8 @@ class Pretrained:
             raise ValueError(f"{self.path} holds no tokenizer that can be read: {error}") from error
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer in {self.path} has no end of text; set its eos_token")
+        if self.start and tokenizer.bos_token_id is None:
+            raise ValueError(f"the tokenizer in {self.path} has no beginning of text; set its bos_token, or start=False")
         return tokenizer
 
     @property
@@ -136,6 +156,10 @@ class Pretrained:
     def pad(self) -> int:
         found = self._tokenizer.pad_token_id
         return self.end if found is None else int(found)
+
+    @property
+    def opening(self) -> Ints:
+        return np.array([self._tokenizer.bos_token_id] if self.start else [], np.int64)
 
     def encode(self, text: str) -> Ints:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), np.int64)

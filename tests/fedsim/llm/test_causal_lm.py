@@ -7,7 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 import fedsim as fs
 from fedsim.clock import forward_flops
@@ -22,11 +27,16 @@ from fedsim.llm import (
     JSONLines,
     Parquet,
     Play,
+    Pretrained,
+    Problems,
     PythonSource,
+    Reasoning,
     TextFile,
     WikiText,
+    save_pruned,
 )
 from fedsim.parameters import Layout
+from fedsim.pruning import Random
 from fedsim.tasks.base import Batch
 from tests.fedsim.llm.models import FAMILIES
 
@@ -48,6 +58,11 @@ def sentences(number: int, step: int, seed: int) -> Documents:
     return Documents(tuple(texts), tuple(f"author {i % 4}" for i in range(number)))
 
 
+def family(architecture: str, **changes) -> Decoder:
+    """``TINY`` in an architecture, with key-value heads where it has them."""
+    return replace(TINY, architecture=architecture, kv_heads=None if architecture in ("opt", "gpt2") else 2, **changes)
+
+
 def task(**changes) -> CausalLM:
     fields = {
         "texts": {"up": sentences(60, 1, 0), "down": sentences(60, 9, 1)},
@@ -61,7 +76,7 @@ def task(**changes) -> CausalLM:
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt2"])
 def test_losses_are_those_of_hugging_face(architecture):
-    lm = task(model=replace(TINY, architecture=architecture), pack=False, length=50)
+    lm = task(model=family(architecture), pack=False, length=50)
     batch, model = lm.data().test.batch(np.arange(8)), lm.build(0)
     assert (batch.targets == -100).any()
     for i in range(8):
@@ -126,7 +141,7 @@ def test_a_fleet_is_divided_by_author_and_domain():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt2"])
 def test_forward_flops_are_those_of_the_projections_and_of_attention(architecture, attention):
-    lm = task(model=replace(TINY, architecture=architecture, attention=attention))
+    lm = task(model=family(architecture, attention=attention))
     model = lm.build(0)
     assert model.config._attn_implementation == attention
     heads, groups, matrices = (4, 4, 2) if architecture in ("opt", "gpt2") else (4, 2, 3)
@@ -155,6 +170,14 @@ def test_every_source_of_text_reads_what_it_says(tmp_path):
         assert source.read() == Documents(("one", "two"), ("a", "b"))
     with pytest.raises(ValueError, match="has no column 'text'; its columns are q, who"):
         Parquet(tmp_path / "x.parquet").read()
+    odd = pa.array([10**8, 10**8], pa.date32())  # days that Python cannot read, and nobody asked for
+    pq.write_table(pa.table({"q": ["one", "two"], "day": odd}), tmp_path / "x.parquet")
+    assert Parquet(tmp_path / "x.parquet", "q").read() == Documents(("one", "two"))
+    for who in (None, float("nan")):
+        with pytest.raises(
+            ValueError, match="row 1 of column 'who' of the table names no author; name one in every row, or set author=None"
+        ):
+            Columns({"q": ["one", "two"], "who": ["a", who]}, "q", "who").read()
     (tmp_path / "x.jsonl").write_text('{"text": "one\u2028line"}\n\n{"text": "two"}\n', encoding="utf-8")
     assert JSONLines(tmp_path / "x.jsonl").read().texts == ("one\u2028line", "two")
     for line, what in (("[1, 2]", "line 2 of .* must be a JSON object, got"), ("{text", "line 2 of .* is no JSON")):
@@ -180,6 +203,12 @@ def test_every_source_of_text_reads_what_it_says(tmp_path):
         ({"texts": {}}, "texts must name at least one domain"),
         ({"texts": {"a": "a string"}}, r"texts\['a'\] must be a source of text"),
         ({"train_limit": 0}, "train_limit must be at least 1, got 0"),
+        ({"texts": ("a.txt", "b.txt")}, r"texts must be a source of text, or pairs of a name and a source, got 'a.txt' in"),
+        (
+            {"model": Decoder(architecture="gpt2", positions=19)},
+            "length=20 is over the positions=19 of this gpt2; lower it, or raise positions",
+        ),
+        ({"model": Decoder(architecture="opt", positions=19)}, "length=20 is over the positions=19 of this opt"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, message):
@@ -192,8 +221,10 @@ def test_text_that_cannot_be_used_is_refused(tmp_path):
         CausalLM(texts=Documents(("one",)), tokenizer=LETTERS).data()
     with pytest.raises(ValueError, match="character 'z' is not in the alphabet"):
         CausalLM(texts=Documents(("ahab", "a z")), tokenizer=LETTERS).data()
-    with pytest.raises(ValueError, match="no text of the train split fills a run of 96 tokens; lower length, or set pack=False"):
+    with pytest.raises(ValueError, match="no author of domain '' fills a run of 96 tokens in the train split"):
         CausalLM(texts=Documents(("abc", "abc")), tokenizer=LETTERS).data()
+    with pytest.raises(ValueError, match=r"domain 'short' fills .* in the train split \(2 authors\); lower length, or set pack=False"):
+        task(texts={"up": sentences(60, 1, 0), "short": Documents(("abc", "abd", "abe"), ("a", "b", "c"))}).data()
     with pytest.raises(ValueError, match="model must be a Decoder or a local folder, got 'nowhere'"):
         task(model="nowhere").build(0)
     task().build(0).save_pretrained(tmp_path / "model")
@@ -203,6 +234,7 @@ def test_text_that_cannot_be_used_is_refused(tmp_path):
         ({"heads": 3}, "width must be a multiple"),
         ({"kv_heads": 3}, "multiple of kv_heads"),
         ({"layers": 0}, "layers must be"),
+        ({"architecture": "opt"}, "kv_heads must be None in opt, where every head has its own, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(TINY, **fields)
@@ -231,6 +263,65 @@ def test_a_folder_is_read_in_the_dtype_that_is_asked_for(tmp_path):
             replace(TINY, **{name: "best"})
 
 
+def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
+    task().build(0).save_pretrained(tmp_path / "model")
+    weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    for name, found in (
+        ("model.layers.1.mlp.down_proj.weight", "lacks 1 weights"),
+        ("bias", "has, and its model has no place for, 1 weights"),
+    ):
+        changed = {n: w for n, w in weights.items() if n != name} if name in weights else {**weights, name: torch.zeros(2)}
+        safetensors.torch.save_file(changed, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"holds no causal language model that can be read: .* {found}, among them '{name}'"):
+            task(model=str(tmp_path / "model")).build(0)
+
+
+def test_a_folder_of_layers_of_unequal_sizes_is_a_model_to_build_from(tmp_path):
+    lm = task()
+    model = lm.build(0)
+    smap = lm.structures(model)
+    submodel = Random(levels=(0.4,)).trajectory(model, smap, None, [lm.data().test.batch([0])]).at(0.4)
+    save_pruned(model, submodel, smap, tmp_path / "model")
+    found, batch = task(model=str(tmp_path / "model")).build(0), lm.data().test.batch(np.arange(4))
+    torch.testing.assert_close(lm.losses(found, batch), lm.losses(submodel.sliced(model, smap), batch))
+    assert found.config.use_cache is False
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2"])
+def test_a_folder_whose_positions_end_before_the_texts_is_refused(architecture, tmp_path):
+    task(model=family(architecture, positions=20)).build(0).save_pretrained(tmp_path / "model")
+    task(model=str(tmp_path / "model")).build(0)
+    with pytest.raises(ValueError, match=f"texts of length=21 need 21 positions, and this {architecture} has 20"):
+        task(model=str(tmp_path / "model"), length=21).build(0)
+
+
+def test_losses_of_a_model_in_bfloat16_are_those_of_its_logits_in_float32():
+    lm = task(model=replace(TINY, dtype="bfloat16"))
+    model, batch = lm.build(0), lm.data().test.batch(np.arange(4))
+    exact = torch.nn.functional.cross_entropy(lm.logits(model, batch.inputs).float().transpose(1, 2), batch.targets, reduction="none")
+    assert torch.equal(lm.losses(model, batch), exact.mean(1))
+    assert lm.losses(task(model=replace(TINY, dtype="float64")).build(0), batch).dtype == torch.float64
+
+
+def test_a_pretrained_tokenizer_opens_documents_and_questions_where_asked_to(tmp_path):
+    letters = {c: i for i, c in enumerate("abc ?")} | {"<s>": 5, "</s>": 6}
+    plain = Tokenizer(WordLevel(letters, unk_token=" "))
+    plain.pre_tokenizer = Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path / "opened")
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>").save_pretrained(tmp_path / "plain")
+    opened, closed = Pretrained(tmp_path / "opened", start=True), Pretrained(tmp_path / "opened")
+    for tokenizer, first in ((opened, [5]), (closed, [])):
+        assert tokenizer.opening.tolist() == first
+        lm = CausalLM(texts=Documents(("ab", "ab")), tokenizer=tokenizer, length=8, pack=False)
+        assert lm._tokens("ab").tolist() == [*first, 0, 1, 6]
+        solved = Reasoning(problems=Problems(("ab", "ab"), ("c", "c")), tokenizer=tokenizer, length=8)
+        assert solved.prompt("ab").tolist() == [*first, 0, 1, 4]
+        assert solved.batch(["ab"], ["c"]).targets[0].tolist() == [-100] * (len(first) + 2) + [2, 6] + [-100] * (4 - len(first))
+        assert tokenizer.decode([*first, 0, 1, 6]).replace(" ", "") == "ab"
+    with pytest.raises(ValueError, match="has no beginning of text; set its bos_token, or start=False"):
+        Pretrained(tmp_path / "plain", start=True).encode("ab")
+
+
 def test_a_token_outside_the_vocabulary_is_refused_even_at_the_end():
     @dataclass(frozen=True)
     class Wrong(Characters):
@@ -238,6 +329,12 @@ def test_a_token_outside_the_vocabulary_is_refused_even_at_the_end():
 
     with pytest.raises(ValueError, match=r"tokens must lie in 0..12, got 0 to 13"):
         task(tokenizer=Wrong("abcdefghij "), pack=False, length=50).data()
+
+
+def test_the_package_lists_what_it_exports():
+    for name in ("Checkpointed", "Choices", "Margin", "characters", "generate", "save_pruned"):
+        assert name in dir(fs.llm)
+        assert getattr(fs.llm, name).__name__ == name
 
 
 def test_every_family_is_tested():

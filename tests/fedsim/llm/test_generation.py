@@ -73,6 +73,28 @@ def test_a_trace_does_not_depend_on_what_shares_its_batch():
     assert any(len(a.tokens) != len(b.tokens) or (a.tokens != b.tokens).any() for a, b in zip(whole, again, strict=True))
 
 
+def test_a_prompt_keeps_its_coins_among_fewer_prompts_where_it_keeps_its_id():
+    model = built("qwen3, wide heads", torch.float64)
+    texts = prompts((5, 2, 9, 5, 1, 8, 3))
+    whole = generate(model, texts, end=END, max_new_tokens=12, seed=5)
+    some = [1, 4, 6]
+    again = generate(model, [texts[i] for i in some], end=END, max_new_tokens=12, seed=5, ids=some)
+    for i, trace in zip(some, again, strict=True):
+        np.testing.assert_array_equal(trace.tokens, whole[i].tokens)
+    with pytest.raises(ValueError, match=r"ids must hold one number for each of 7 prompts, got shape \(3,\)"):
+        generate(model, texts, end=END, max_new_tokens=12, ids=some)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_texts_may_fill_learned_positions_and_not_outgrow_them(name):
+    model = built(name)
+    model.lm_head.weight.data[END] = 0
+    longest = generate(model, prompts((5, 2)), end=END, max_new_tokens=60, temperature=0)
+    assert [len(t.tokens) for t in longest] == [60, 60]
+    with pytest.raises(ValueError, match=rf"a prompt of 5 tokens and max_new_tokens=61 need 65 positions, and this {name} has 64"):
+        generate(model, prompts((5, 2)), end=END, max_new_tokens=61, temperature=0)
+
+
 def test_a_trace_ends_with_its_end_or_is_unfinished():
     model = built("llama")
     model.lm_head.weight.data[END] = 0

@@ -16,7 +16,7 @@ from fedsim.llm.decoder import Architecture
 from fedsim.nesting import Widths, narrowed
 from fedsim.rounds import Training
 from fedsim.tasks.base import Wrapped
-from tests.fedsim.llm.test_causal_lm import TINY, sentences, task
+from tests.fedsim.llm.test_causal_lm import family, sentences, task
 
 DYNAMIC = fs.DynamicFL(high=1, low=4, budget=0.5)
 
@@ -56,7 +56,7 @@ def test_workers_do_not_change_a_bit():
 @pytest.mark.parametrize("architecture", Architecture.__args__)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_lanes_train_language_models_as_the_loop_does(architecture, attention):
-    lm = task(model=replace(TINY, architecture=architecture, attention=attention), pack=False, length=44)
+    lm = task(model=family(architecture, attention=attention), pack=False, length=44)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert why_not_batched(lm, lm.build(0), lm.data().train.batch(np.arange(4))) is None

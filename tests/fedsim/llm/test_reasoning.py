@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.llm import GSM8K, Arithmetic, Decoder, MathQA, Problems, Reasoning, exact_match
+from fedsim.llm import GSM8K, Arithmetic, Bytes, Decoder, MathQA, Problems, Reasoning, exact_match
 from fedsim.llm.arithmetic import characters, solution
 from fedsim.llm.generation import Trace
 from fedsim.llm.reasoning import choice, gsm8k_answer, hash_answer, last_number, lenient_choice, mathqa_options
@@ -41,6 +41,11 @@ def task(**changes) -> Reasoning:
         ("", None, None),
         ("costs 3,000,000", None, 3000000),
         ("#### 12abc", 12, 12),
+        ("#### .5", Decimal("0.5"), Decimal("0.5")),
+        ("ages 5-6", None, 6),
+        ("5 or -6", None, -6),
+        ("either 1,2,3", None, 3),
+        ("no.5", None, 5),
     ],
 )
 def test_answers_of_gsm8k(text, strict, lenient):
@@ -65,6 +70,12 @@ def test_a_number_reads_the_same_however_it_is_written(number, sign, after):
         ("38 then", None, None),  # two options are 38
         ("a) and then E", None, "e"),
         ("nothing", None, None),
+        ("The answer is a bit hard to see, but it must be (c).", None, "c"),
+        ("the answer is (c). Checking: the answer is a whole number", "c", "c"),
+        ("It takes a day to earn 27.675", None, "b"),
+        ("A day, so a.", None, "a"),
+        ("the answer is a", "a", "a"),
+        ("the answer is d because", None, "d"),
         ("<think>answer is (a)</think> answer is (e)", "e", "e"),
     ],
 )
@@ -87,6 +98,23 @@ def test_shares_add_up():
         exact_match([], [], tokenizer)
     with pytest.raises(ValueError, match="solution 0 has no answer: 'x'"):
         exact_match(traces[:1], ["x"], tokenizer)
+
+
+def test_options_reach_the_lenient_parser():
+    tokenizer = Bytes()
+    traces = [Trace(np.append(tokenizer.encode(t), tokenizer.end), True) for t in ("the answer is (b)", "it is 38", "it is 38")]
+    options = [{"a": "38", "b": "12"}, {"a": "38", "b": "12"}, {"a": "12", "b": "38"}]
+    solved = {"strict": choice, "lenient": lenient_choice}
+    score = exact_match(traces, ["answer is (b)", "answer is (a)", "answer is (a)"], tokenizer, options=options, **solved)
+    assert (score.strict, score.lenient, score.unparsed) == (1 / 3, 2 / 3, 0.0)
+    with pytest.raises(ValueError, match="there must be options for each trace, got 1 for 3"):
+        exact_match(traces, ["answer is (b)"] * 3, tokenizer, options=options[:1], **solved)
+
+
+def test_problems_of_lists_are_a_value():
+    assert Problems(["a", "b"], ["1", "2"], [0, 1], ["x", "y"]) == Problems(("a", "b"), ("1", "2"), (0, 1), ("x", "y"))
+    assert len({Problems(["a"], ["1"]), Problems(("a",), ("1",))}) == 1
+    assert len(task(problems=Problems(["1+1", "1+2", "1+3"], ["2", "3", "4"]), test_share=0.4).data().test) == 1
 
 
 def test_every_sum_is_right_in_both_styles():
@@ -113,6 +141,16 @@ def test_every_sum_is_right_in_both_styles():
 def test_readers_of_published_problems(tmp_path):
     (tmp_path / "gsm.jsonl").write_text(json.dumps({"question": "How many?", "answer": "3 + 4 = 7\n#### 7"}) + "\n")
     assert GSM8K(tmp_path / "gsm.jsonl").read() == Problems(("How many?",), ("3 + 4 = 7\n#### 7",))
+    (tmp_path / "gsm.jsonl").write_text(json.dumps({"question": "one\u2028line", "answer": "#### 7"}, ensure_ascii=False), encoding="utf-8")
+    assert GSM8K(tmp_path / "gsm.jsonl").read().questions == ("one\u2028line",)
+    for reader, found, what in (
+        (GSM8K, b"{", "line 1 of .*x.json is no JSON"),
+        (MathQA, b"{", "x.json is no JSON"),
+        (MathQA, b"\xff", "no text in UTF-8"),
+    ):
+        (tmp_path / "x.json").write_bytes(found)
+        with pytest.raises(ValueError, match=what):
+            reader(tmp_path / "x.json").read()
     row = {"Problem": "How far?", "options": "a ) 1 , b ) 2", "Rationale": "one and one", "correct": "b"}
     (tmp_path / "math.json").write_text(json.dumps([row]))
     assert MathQA(tmp_path / "math.json").read() == Problems(("How far?\na ) 1 , b ) 2",), ("one and one\nThe answer is (b).",))
@@ -177,6 +215,18 @@ def test_long_and_short_solutions_count_alike():
 def test_problems_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"problem \d+ has \d+ tokens, length=20 takes 21; raise length"):
         task(length=20).data()
+    sums = Problems(("1+1? or not", "1+2", "1+3"), ("1", "2", "3"))
+    with pytest.raises(
+        ValueError, match=r"question of problem 0 holds the separator '\?', .*; give separator= a text that no question holds"
+    ):
+        task(problems=sums, test_share=0.4).data()
+    own = task(problems=sums, separator="=#")
+    batch = own.batch(sums.questions, sums.solutions)
+    assert torch.equal(own.self_targets(own.build(0), batch.inputs) != -100, batch.targets != -100)
+    with pytest.raises(ValueError, match="question of problem 0 holds the separator"):  # "##" begins before its place
+        task(separator="##").batch(["1+1#"], ["2"])
+    with pytest.raises(ValueError, match="length=20 is over the positions=19 of this gpt2"):
+        task(length=20, model=Decoder(architecture="gpt2", positions=19))
     with pytest.raises(ValueError, match="separator must be text"):
         task(separator="")
     with pytest.raises(ValueError, match="problems must be a source"):

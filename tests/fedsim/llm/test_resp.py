@@ -99,6 +99,10 @@ def test_a_share_of_the_questions_is_refreshed_and_none_means_never(model, monke
     smap = TASK.structures(model)
     half = replace(PLAIN, milestones=(0.2, 0.4), refresh=0.5).trajectory(model, smap, TASK.losses, batches())
     assert [len(c["prompts"]) for c in calls] == [10, 5, 5]
+    assert [list(c["ids"]) == sorted(c["ids"]) != list(range(5)) for c in calls[1:]] == [True, True]
+    calls.clear()
+    replace(PLAIN, milestones=(0.2,), refresh=0.01).trajectory(model, smap, TASK.losses, batches())
+    assert [len(c["prompts"]) for c in calls] == [10, 1]
     never = replace(PLAIN, milestones=(0.2, 0.4), refresh=0.0).trajectory(model, smap, TASK.losses, batches())
     assert never == PLAIN.trajectory(model, smap, TASK.losses, batches())
     assert never != half
@@ -128,7 +132,19 @@ def test_a_model_that_never_ends_what_it_writes_is_refused(model):
     fields = {"on_collapse": "raise", "max_new_tokens": 1, "temperature": 0.0}
     with pytest.raises(CollapsedError, match=r"none of 10 traces ended within max_new_tokens=1 at sparsity 0\.000"):
         replace(PLAIN, **fields).trajectory(model, TASK.structures(model), TASK.losses, batches())
-    replace(PLAIN, **{**fields, "on_collapse": "keep_old"}).trajectory(model, TASK.structures(model), TASK.losses, batches())
+
+
+def test_after_a_collapse_the_old_traces_stay(model):
+    seen: list[Batch] = []
+
+    def watched(live, batch):
+        seen.append(batch)
+        return TASK.losses(live, batch)
+
+    replace(PLAIN, max_new_tokens=1, temperature=0.0, steps=1).trajectory(model, TASK.structures(model), watched, batches())
+    for found, given in zip(seen, batches(), strict=True):
+        assert torch.equal(found.inputs, given.inputs)
+        assert torch.equal(found.targets, given.targets)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +155,10 @@ def test_a_model_that_never_ends_what_it_writes_is_refused(model):
         ({"keep": "best"}, "keep must be one of"),
         ({"keep": "correct"}, "answer= says when a trace is correct"),
         ({"on_collapse": "ignore"}, "on_collapse must be one of"),
+        ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
+        ({"top_p": 2.0}, r"top_p must lie in \(0, 1\], got 2.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1, got 0"),
+        ({"generation_batch": 0}, "generation_batch must be a whole number, at least 1, got 0"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, message):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -116,6 +117,53 @@ def test_a_llama_whose_hidden_size_is_no_multiple_of_its_heads_is_saved_layer_by
     assert torch.equal(load_pruned(tmp_path / "model")(tokens()).logits, submodel.sliced(model, smap)(tokens()).logits)
 
 
+def alike(smap, groups, channels):
+    """The same structures of every layer."""
+    kept = np.concatenate([np.arange(len(b)) < (groups if b.kind == "head_group" else channels) for b in smap.blocks])
+    return Submodel(kept, smap.fingerprint)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_layers_that_ended_alike_are_saved_where_a_head_has_no_size_of_its_own(name, tmp_path):
+    model = built(name)
+    smap = language_structures(model, TOKENS)
+    submodel = alike(smap, 2, 20)
+    save_pruned(model, submodel, smap, tmp_path / "model")
+    assert torch.equal(load_pruned(tmp_path / "model")(tokens()).logits, submodel.sliced(model, smap)(tokens()).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_a_pruned_model_is_pruned_and_saved_again(name, tmp_path):
+    model, smap, submodel = pruned(name)
+    save_pruned(model, submodel, smap, tmp_path / "model")
+    first = load_pruned(tmp_path / "model")
+    smap = language_structures(first, TOKENS)
+    for submodel in (alike(smap, 1, 5), Random(levels=(0.5,)).trajectory(first, smap, None, [(tokens(),)]).at(0.5)):
+        for form in ("per_layer", "masked"):
+            save_pruned(first, submodel, smap, tmp_path / form, form=form)
+            found = load_pruned(tmp_path / form)
+            with torch.no_grad(), submodel.masked(first, smap) as masked:
+                expected = masked(tokens()).logits
+            torch.testing.assert_close(found(tokens()).logits, expected, atol=1e-5, rtol=1e-5)
+            config = json.loads((tmp_path / form / "config.json").read_text())
+            assert ("auto_map" in config) == ("per_layer_config" in config) == (tmp_path / form / "pruned_model.py").exists()
+            assert config["architectures"] == [type(model).__name__]
+
+
+def test_a_weight_that_the_saved_architecture_has_no_place_for_is_refused_and_the_older_folder_stays(tmp_path):
+    model, smap, submodel = pruned("llama")
+    save_pruned(model, submodel, smap, tmp_path / "model")
+    model.model.layers[0].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(32))
+    smap = language_structures(model, TOKENS)
+    for form in ("per_layer", "masked"):
+        with pytest.raises(
+            ValueError, match=r"layers.0.mlp.down_proj.bias' has shape \(32,\) here and None in the saved architecture llama"
+        ):
+            save_pruned(model, Submodel.dense(smap), smap, tmp_path / "model", form=form)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    load_pruned(tmp_path / "model")
+
+
 def test_saving_again_replaces_the_folder_but_never_another_one(tmp_path):
     model, smap, submodel = pruned("llama")
     (tmp_path / "other").mkdir()
@@ -127,6 +175,11 @@ def test_saving_again_replaces_the_folder_but_never_another_one(tmp_path):
     for _ in range(2):
         save_pruned(model, submodel, smap, tmp_path / "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "other"]
+    weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    safetensors.torch.save_file({n: w for n, w in weights.items() if n != name}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks 1 weights, among them '{name}'"):
+        load_pruned(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00" * 100)
     for broken in ("model", "nowhere", "other"):
         with pytest.raises(CheckpointError, match="holds no pruned language model that can be read"):
