@@ -11,7 +11,7 @@ from torch import nn
 from fedsim.errors import CapacityError, FedsimError
 from fedsim.pruning.importance import Importance, Objective, Scores
 from fedsim.pruning.structures import Block, Bools, Ints, StructureMap
-from fedsim.pruning.submodel import Submodel
+from fedsim.pruning.submodel import Submodel, cut_to
 from fedsim.pruning.tracing import evaluating
 from fedsim.pruning.trajectory import PruningTrajectory
 
@@ -35,7 +35,7 @@ class Progress:
 
     def pruned(self) -> nn.Module:
         """The model as far as it is pruned, in evaluation mode."""
-        return Submodel(self.kept, self.smap.fingerprint).sliced(self.model, self.smap) if not self.kept.all() else self.model
+        return cut_to(self.model, self.smap, self.kept)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,24 @@ def test_frozen_parameters_are_sliced_but_not_in_the_flat_vector() -> None:
     assert trajectory.at(0.5).parameters(smap) == sum(p.numel() for p in sliced.parameters())
 
 
+class Dense(nn.Parameter):
+    """Never to be copied whole."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("the dense weight was copied")
+
+
+def test_surgery_copies_only_what_stays() -> None:
+    model = mlp()
+    smap, trajectory = random_order(model)
+    expected = trajectory.at(0.5).sliced(model, smap)
+    for layer in (0, 2, 4):
+        model[layer].weight = Dense(model[layer].weight.detach())
+    found = trajectory.at(0.5).sliced(model, smap)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+    assert all(type(p) is nn.Parameter for p in found.parameters())
+
+
 def test_levels_outside_the_trajectory_are_refused() -> None:
     _, trajectory = random_order(mlp(), level=0.5)
     with pytest.raises(CapacityError, match="lies beyond the trajectory"):
