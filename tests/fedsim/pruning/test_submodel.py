@@ -1,5 +1,7 @@
 """What one level costs, ships and refuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +130,24 @@ def test_a_stored_trajectory_is_checked(tmp_path) -> None:
     path.write_text('{"format": "other/1"}')
     with pytest.raises(CheckpointError, match="other/1"):
         PruningTrajectory.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("removed", lambda order: [10**6, *order[1:]], r"removed structures must lie in 0\.\.13, got 1 to 1000000"),
+        ("removed", lambda order: [-1, *order[1:]], "removed structures must lie in"),
+        ("removed", lambda order: [order[1], *order[1:]], "a structure is removed twice"),
+        ("scores", lambda scores: scores[1:], "its arrays must be of one length"),
+        ("shares", lambda shares: {**shares, "bytes": [0.1]}, "its arrays must be of one length"),
+    ],
+)
+def test_a_stored_order_that_cannot_be_one_is_damaged(tmp_path, field, change, message) -> None:
+    smap, trajectory = random_order(mlp())
+    path = tmp_path / "order.json"
+    trajectory.save(path)
+    assert PruningTrajectory.load(path, smap) == trajectory
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, field: change(value[field])}))
+    with pytest.raises(CheckpointError, match=message):
+        PruningTrajectory.load(path, smap)
