@@ -28,8 +28,10 @@ from fedsim.pruning.tracing import evaluating
 
 @dataclass(frozen=True, eq=False)
 class Regrown:
-    """The ``submodel`` found, its calibration ``losses`` (one more than rounds were taken, falling), and the ``passes`` over
-    the calibration set that took, a backward one counted as two."""
+    """The ``submodel`` found, its calibration ``losses`` (falling, one more than rounds were taken), and the ``passes`` that took.
+
+    A backward pass counts as two.
+    """
 
     submodel: Submodel
     losses: tuple[float, ...]

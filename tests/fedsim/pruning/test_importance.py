@@ -323,7 +323,8 @@ def test_rows_of_one_example_are_added_up_before_its_absolute_value(aggregate: s
         return live(questions.inputs.flatten(0, 1)).square().sum(1).view(-1, 3).std(1)
 
     method = FirstOrder(aggregate=aggregate, reduce="abs_then_mean", normalise="none")
-    single = [method.scores(model, smap, spread, [Answers(batch.inputs[i : i + 1])], every_kept(smap)) for i in range(8)]
+    of_one = FirstOrder(aggregate=aggregate, reduce="mean_then_abs", normalise="none")
+    single = [of_one.scores(model, smap, spread, [Answers(batch.inputs[i : i + 1])], every_kept(smap)) for i in range(8)]
     assert np.allclose(method.scores(model, smap, spread, [batch], every_kept(smap)), np.mean(single, axis=0), rtol=1e-12)
 
 

@@ -81,14 +81,15 @@ def test_swaps_lower_the_loss_at_no_larger_a_size_and_undo_a_bad_choice():
 def test_no_cost_grows_where_layers_cross():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = nn.Sequential(
-            *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
-        )
-        batch = Batch(torch.randn(32, 3, 8, 8), torch.randint(0, 4, (32,)))
+        convolutions = [nn.Conv2d(i, 16, 3, padding=1) for i in (3, 16, 16, 16)]
+        first, second, third, fourth = (nn.Sequential(c, nn.ReLU()) for c in convolutions)
+        net = nn.Sequential(first, second, nn.MaxPool2d(2), third, fourth, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+        batch = Batch(torch.randn(32, 3, 16, 16), torch.randint(0, 4, (32,)))
     smap = structure_map(net, batch.inputs[:1])
-    start = Submodel(np.random.default_rng(1).random(len(smap)) < 0.4, smap.fingerprint)
-    found = regrown(GISP(levels=(0.3,)), net, smap, losses, [batch], start, rounds=4, share=0.5)
+    kept = np.ones(len(smap), np.bool_)
+    kept[np.random.default_rng(1).permutation(len(smap))[:30]] = False
+    start = Submodel(kept, smap.fingerprint)
+    found = regrown(GISP(levels=(0.3,)), net, smap, losses, [batch], start, rounds=8, share=0.5)
     assert (found.submodel.kept != start.kept).any()
     for cost in COSTS:
         assert found.submodel.cost(cost, smap) <= start.cost(cost, smap)
