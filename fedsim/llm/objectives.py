@@ -5,7 +5,6 @@ An objective is a callable of a model and a batch that returns one loss for each
 
 # B examples, A options each, L tokens
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -16,14 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedsim.llm.causal_lm import LanguageTask
+from fedsim.llm.causal_lm import IGNORED, LanguageTask
+from fedsim.pruning.gradients import Objective
 from fedsim.tasks.base import Batch
-
-Objective = Callable[[nn.Module, Any], Tensor]
 
 
 class Choices(NamedTuple):
-    """Questions with ``A`` answers, the right one first: inputs and targets (B, A, L), targets ignored outside the answers."""
+    """Questions with up to ``A`` answers, the right one first: inputs and targets (B, A, L), targets ignored outside the answers.
+
+    An answer with all its targets ignored is absent: questions may have fewer than A.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -47,15 +48,30 @@ class Margin:
     def __call__(self, model: nn.Module, batch: Choices) -> Tensor:
         losses = answer_losses(self.task, model, batch)
         right, wrong = losses[:, 0], losses[:, 1:]
-        return right - wrong.mean(1) if self.kind == "mean_wrong" else F.softplus(right - wrong.amin(1))
+        if self.kind == "best_wrong":
+            return F.softplus(right - wrong.amin(1))
+        present = _present(batch)[:, 1:]
+        return right - torch.where(present, wrong, 0).sum(1) / present.sum(1)
 
 
 def answer_losses(task: LanguageTask, model: nn.Module, batch: Choices) -> Tensor:
-    """Mean loss of each answer's tokens (B, A). Raises ``ValueError`` for fewer than two answers."""
+    """Mean loss of each answer's tokens (B, A), infinite for absent ones.
+
+    Raises ``ValueError`` for fewer than two answers, naming a question without a right or without any wrong one.
+    """
     if batch.inputs.ndim != 3 or batch.inputs.shape[1] < 2:
         raise ValueError(f"choices must be (questions, at least 2 answers, tokens), got shape {tuple(batch.inputs.shape)}")
-    losses = task.losses(model, Batch(batch.inputs.flatten(0, 1), batch.targets.flatten(0, 1)))
-    return losses.view(batch.inputs.shape[:2])
+    present = _present(batch)
+    if bool((lone := ~present[:, 0] | ~present[:, 1:].any(1)).any()):
+        raise ValueError(f"question {int(torch.nonzero(lone)[0, 0])} has no right answer, or no wrong one: all its targets are ignored")
+    targets = torch.where(present[..., None], batch.targets, 0)  # any token: a mean of nothing would spoil the gradients of the others
+    losses = task.losses(model, Batch(batch.inputs.flatten(0, 1), targets.flatten(0, 1)))
+    return torch.where(present, losses.view(present.shape), torch.inf)
+
+
+def _present(batch: Choices) -> Tensor:
+    """Which answers a question has (B, A)."""
+    return (batch.targets != IGNORED).any(2)
 
 
 def chosen_rightly(task: LanguageTask, model: nn.Module, batch: Choices) -> Tensor:
@@ -80,15 +96,18 @@ class Checkpointed:
             raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed")
         if any(getattr(layer, "dropout", 0.0) for layer in layers if isinstance(getattr(layer, "dropout", 0.0), float)):
             raise ValueError(f"the layers of {type(model).__name__} drop out while training; set its dropout to 0 before checkpointing")
-        modes = [layer.training for layer in layers]
+        modes = [(layer.training, layer.gradient_checkpointing, vars(layer).get(FUNCTION)) for layer in layers]
         try:
             for layer in layers:  # only the layer itself: what it holds stays in evaluation mode
                 layer.training = layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = _AGAIN  # type: ignore[assignment]
+                setattr(layer, FUNCTION, _AGAIN)
             return self.objective(model, batch)
         finally:
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.training, layer.gradient_checkpointing = mode, False
+            for layer, (training, checkpointing, function) in zip(layers, modes, strict=True):
+                layer.training, layer.gradient_checkpointing = training, checkpointing
+                if function is not None:
+                    setattr(layer, FUNCTION, function)
 
 
+FUNCTION = "_gradient_checkpointing_func"  # what transformers calls in place of a layer's forward
 _AGAIN = partial(checkpoint, use_reentrant=False)

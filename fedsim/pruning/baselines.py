@@ -3,8 +3,9 @@
 Exports: FLAP, LLMPruner, Magnitude, OneShot, Random, ShortGPT, Uniform, WandaSP, compensate.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.pruning.activations import Moments, moments
+from fedsim.pruning.activations import Moments, moments, positions
 from fedsim.pruning.gradients import finite_losses
 from fedsim.pruning.importance import FirstOrder, Importance, Objective, Scores
-from fedsim.pruning.schedule import Pruner
+from fedsim.pruning.schedule import Progress, Pruner
 from fedsim.pruning.structures import Bools, Member, StructureMap
-from fedsim.pruning.submodel import Submodel
+from fedsim.pruning.submodel import Submodel, cut_to
 from fedsim.randomness import rng_for
 
 
@@ -69,7 +70,7 @@ class WandaSP(Pruner):
     """
 
     def plan(self) -> tuple[Importance, int]:
-        return _Evenly(_WeightsMeetInputs()), 1
+        return _Evenly(_OfTheKept(_weights_meet_inputs)), 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class FLAP(Pruner):
     """
 
     def plan(self) -> tuple[Importance, int]:
-        return _Fluctuation(), 1
+        return _OfTheKept(_fluctuation), 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +93,37 @@ class ShortGPT(Pruner):
     """
 
     def plan(self) -> tuple[Importance, int]:
-        return _BlockInfluence(), 1
+        return _OfTheKept(_block_influence), 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Pruner):
-    """The order of ``base`` inside every block, the same share of each: what a global ranking must beat."""
+    """The order of ``base`` inside every block, the same share of each: what a global ranking must beat.
+
+    Calibrates as ``base`` does; levels and what must stay are its own. ``ValueError`` for a ``base`` that sets them otherwise, and for
+    a map whose blocks hold one structure each.
+    """
 
     base: Pruner
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for common in fields(Pruner):
+            value = getattr(self.base, common.name)
+            if value != common.default and value != getattr(self, common.name):
+                raise ValueError(
+                    f"Uniform decides {common.name} for its base, which sets {value!r} against {getattr(self, common.name)!r}; give it to Uniform"
+                )
 
     def plan(self) -> tuple[Importance, int]:
         importance, steps = self.base.plan()
         return _Evenly(importance), steps
+
+    def flops(self, smap: StructureMap, examples: int) -> float:
+        return replace(self.base, levels=self.levels).flops(smap, examples)
+
+    def calibration_for(self, batches: Sequence[Any], progress: Progress) -> Sequence[Any]:
+        return self.base.calibration_for(batches, progress)
 
 
 def compensate(small: nn.Module, model: nn.Module, smap: StructureMap, submodel: Submodel, seen: Mapping[str, Moments]) -> None:
@@ -137,6 +157,8 @@ class _Evenly:
     base: Importance
 
     def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
+        if len(smap) == len(smap.blocks):
+            raise ValueError("every block of this map holds one structure, so taking the same share of each ranks nothing")
         found = self.base.scores(model, smap, objective, batches, kept)
         shares = np.zeros(len(smap))
         for start, stop in pairwise(smap.starts.tolist()):
@@ -146,22 +168,30 @@ class _Evenly:
 
 
 @dataclass(frozen=True)
-class _WeightsMeetInputs:
+class _OfTheKept:
+    """``rule`` applied to the model that is left: what removed structures did, and what they weigh, tells nothing about the others."""
+
+    rule: Callable[[nn.Module, StructureMap, Objective, Sequence[Any]], Scores]
+
     def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
-        seen = moments(model, smap, objective, batches)
-        return _by_columns(model, smap, seen, lambda weight, m: weight.abs().mean(1) * m.norm, mean=False)
+        found = np.zeros(len(smap))
+        found[kept] = self.rule(*cut_to(model, smap, kept), objective, batches)
+        return found
 
 
-@dataclass(frozen=True)
-class _Fluctuation:
-    def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
-        seen = moments(model, smap, objective, batches)
-        raw = _by_columns(model, smap, seen, lambda weight, m: (weight**2).sum(1) * m.variance, mean=True)
-        standard = np.zeros(len(smap))
-        for start, stop in pairwise(smap.starts.tolist()):
-            spread = raw[start:stop].std(ddof=1) if stop - start > 1 else 0.0
-            standard[start:stop] = (raw[start:stop] - raw[start:stop].mean()) / (spread if spread > 0 else 1.0)
-        return np.asarray(standard - standard.min())
+def _weights_meet_inputs(model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any]) -> Scores:
+    seen = moments(model, smap, objective, batches)
+    return _by_columns(model, smap, seen, lambda weight, m: weight.abs().mean(1) * m.norm, mean=False)
+
+
+def _fluctuation(model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any]) -> Scores:
+    seen = moments(model, smap, objective, batches)
+    raw = _by_columns(model, smap, seen, lambda weight, m: (weight**2).sum(1) * m.variance, mean=True)
+    standard = np.zeros(len(smap))
+    for start, stop in pairwise(smap.starts.tolist()):
+        spread = raw[start:stop].std(ddof=1) if stop - start > 1 else 0.0
+        standard[start:stop] = (raw[start:stop] - raw[start:stop].mean()) / (spread if spread > 0 else 1.0)
+    return np.asarray(standard - standard.min())
 
 
 def _by_columns(
@@ -178,32 +208,37 @@ def _by_columns(
     return total
 
 
-@dataclass(frozen=True)
-class _BlockInfluence:
-    def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
-        if any(block.kind != "layer" for block in smap.blocks):
-            raise ValueError("ShortGPT removes whole layers and needs a map of them; make it with units=('layer',)")
-        sums, numbers = np.zeros(len(smap)), np.zeros(len(smap))
+def _block_influence(model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any]) -> Scores:
+    if any(block.kind != "layer" for block in smap.blocks):
+        raise ValueError("ShortGPT removes whole layers and needs a map of them; make it with units=('layer',)")
+    sums, numbers = np.zeros(len(smap)), np.zeros(len(smap))
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            with _cosines(model, smap, batch, sums, numbers):
+                finite_losses(objective, model, batch, number)
+    return np.asarray(1 - sums / np.maximum(numbers, 1))
 
-        def watch(number: int) -> Any:
-            def take(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-                before: Tensor = args[0] if args else kwargs["hidden_states"]
-                after: Tensor = output if isinstance(output, Tensor) else output[0]
-                cosines = F.cosine_similarity(before.double(), after.double(), dim=-1)
-                sums[number] += float(cosines.sum())
-                numbers[number] += cosines.numel()
 
-            return take
+@contextmanager
+def _cosines(model: nn.Module, smap: StructureMap, batch: Any, sums: Scores, numbers: Scores) -> Iterator[None]:
+    """Hooks that add to ``sums`` and ``numbers`` (S,) the cosines of every layer's inputs and outputs."""
 
-        handles = [model.get_submodule(block.name).register_forward_hook(watch(i), with_kwargs=True) for i, block in enumerate(smap.blocks)]
-        try:
-            with torch.no_grad():
-                for number, batch in enumerate(batches):
-                    finite_losses(objective, model, batch, number)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return np.asarray(1 - sums / np.maximum(numbers, 1))
+    def watch(number: int) -> Any:
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+            before: Tensor = args[0] if args else kwargs["hidden_states"]
+            after: Tensor = output if isinstance(output, Tensor) else output[0]
+            cosines = positions(batch, F.cosine_similarity(before.double(), after.double(), dim=-1)[..., None])
+            sums[number] += float(cosines.sum())
+            numbers[number] += len(cosines)
+
+        return take
+
+    handles = [model.get_submodule(block.name).register_forward_hook(watch(i), with_kwargs=True) for i, block in enumerate(smap.blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ class GISP(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps!r}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")
 
     def plan(self) -> tuple[Importance, int]:
         return self.importance, self.steps

@@ -22,6 +22,7 @@ from fedsim.pruning.structures import StructureMap
 
 Objective = Callable[[nn.Module, Any], Tensor]
 Scores = NDArray[np.float64]
+OwnedSums = Sequence[tuple[int, Scores]]  # first structure of a block, and what each (n,) of it owns of one weight
 WeightAggregate = Literal["sum_abs", "sum_squares", "taylor2"]
 
 
@@ -40,22 +41,22 @@ def weight_scores(
     ``each`` averages absolute gradients of single examples. ``gradient_bytes`` bounds the accumulators held at once (one weight's at least).
     """
     weights = owned_weights(model, smap)
-    total = np.zeros(len(smap))
+    sums: dict[str, OwnedSums] = {}
     for names in _turns(weights, gradient_bytes, 2 if aggregate == "taylor2" else 1):
-        fold = _Fold(aggregate, each, smap, total, {name: weights[name] for name in names}, _number_of_examples(batches))
+        fold = _Fold(aggregate, each, smap, sums, {name: weights[name] for name in names}, _number_of_examples(batches))
         with _only(model, fold.weights.values()):
             fold.run(model, objective, batches)
-    return total
+    return added_up(smap, sums)
 
 
 @dataclass(eq=False)
 class _Fold:
-    """Gradients of ``weights`` over the calibration set, folded into ``total`` (S,)."""
+    """Gradients of ``weights`` over the calibration set, folded into what their structures own of each: ``found``, by weight."""
 
     aggregate: WeightAggregate
     each: bool
     smap: StructureMap
-    total: Scores
+    found: dict[str, OwnedSums]
     weights: Mapping[str, nn.Parameter]
     examples: int
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -100,22 +101,38 @@ class _Fold:
             del self.sums[name]
 
     def _finish(self, name: str, summed: Tensor) -> None:
-        """Importance of every scalar of a weight, added up by structure."""
-        weight = self.weights[name].detach().to(summed.dtype)
-        first = weight * (summed / self.examples)
-        if self.aggregate == "taylor2":
-            first = first - 0.5 * weight**2 * (self.squares.pop(name) / self.examples)
-        add_by_structure(self.total, self.smap, name, first**2 if self.aggregate == "sum_squares" else first.abs())
+        self.found[name] = first_order(
+            *(self.smap, name, self.weights[name], summed / self.examples, self.aggregate),
+            square=self.squares.pop(name) / self.examples if self.aggregate == "taylor2" else None,
+        )
 
 
-def add_by_structure(total: Scores, smap: StructureMap, name: str, importance: Tensor) -> None:
-    """Add to ``total`` (S,) the importance of every scalar of the weight ``name`` that a structure owns."""
+def first_order(
+    smap: StructureMap, name: str, weight: Tensor, mean: Tensor, aggregate: WeightAggregate, *, square: Tensor | None = None
+) -> OwnedSums:
+    """Importance of every scalar of the weight ``name``, of its ``mean`` gradient and mean ``square``, added up by structure."""
+    weight = weight.detach().to(mean)
+    first = weight * mean
+    if square is not None:
+        first = first - 0.5 * weight**2 * square
+    importance = first**2 if aggregate == "sum_squares" else first.abs()
+    found = []
     for number, block in enumerate(smap.blocks):
         for member in block.members:
             if member.weight == name:
                 rows = importance.movedim(member.dim, 0).flatten(1).sum(1) if importance.ndim > 1 else importance
                 owned = rows[torch.from_numpy(member.positions).to(rows.device)].double().sum(1)
-                total[smap.starts[number] : smap.starts[number + 1]] += owned.cpu().numpy()
+                found.append((int(smap.starts[number]), owned.cpu().numpy()))
+    return found
+
+
+def added_up(smap: StructureMap, sums: Mapping[str, OwnedSums]) -> Scores:
+    """Scores (S,), the weights in the order of the map: whichever gradient was ready first changes no bit."""
+    total = np.zeros(len(smap))
+    for weight in smap.weights:
+        for start, owned in sums.get(weight.name, ()):
+            total[start : start + len(owned)] += owned
+    return total
 
 
 def batch_gradients(model: nn.Module, smap: StructureMap, objective: Objective, batch: Any, number: int) -> dict[str, Tensor]:
@@ -149,9 +166,10 @@ def finite_losses(objective: Objective, model: nn.Module, batch: Any, number: in
 
 
 def examples_of(batch: Any) -> Iterator[Any]:
-    """The batch one example at a time, in the same (named) tuple type."""
+    """The batch one example at a time, a named tuple of the same type or a plain one."""
+    made = getattr(type(batch), "_make", tuple)
     for i in range(len(batch[0])):
-        yield type(batch)(*(part[i : i + 1] for part in batch))
+        yield made(part[i : i + 1] for part in batch)
 
 
 def _number_of_examples(batches: Sequence[Any]) -> int:

@@ -8,7 +8,7 @@ over the weights that read it; it comes from activations x output gradients alon
 # S structures, B batch, F input features of a consumer, n structures of one block
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -21,7 +21,7 @@ from fedsim.pruning.gradients import Objective as Objective
 from fedsim.pruning.gradients import Scores as Scores
 from fedsim.pruning.gradients import finite_losses, weight_scores
 from fedsim.pruning.structures import Bools, StructureMap
-from fedsim.pruning.submodel import Submodel
+from fedsim.pruning.submodel import cut_to
 
 Aggregate = Literal["gate", "gate_abs", "sum_abs", "sum_squares", "taylor2"]
 Normalise = Literal["block_l2", "block_mean", "type_mean", "parameters", "published", "none"]
@@ -47,10 +47,11 @@ class FirstOrder:
     mean over all blocks of that kind, ``parameters`` the parameters the structure owns, ``published`` the constants of
     arXiv:2510.18030's code. Per-example weight gradients (``abs_then_mean``, ``taylor2``) cost one backward pass an example.
 
-    ``None`` takes what measured best for the model: ``gate`` and ``abs_then_mean`` for MLPs and CNNs; ``sum_abs``, ``mean_then_abs`` and
-    ``compact`` where attention is among the structures. ``compact`` scores the model with its removed structures cut out instead of
-    silenced: the same scores to rounding, cheaper the more is gone, for a copy of what is left. ``gradient_bytes`` bounds the mean
-    gradients of weights held at once; the rest of the weights wait for another pass over the calibration set.
+    Each field left ``None`` takes what measured best for the model (:meth:`resolved`): ``gate`` and ``abs_then_mean`` for MLPs and CNNs;
+    ``sum_abs``, ``mean_then_abs`` and ``compact`` where attention is among the structures; ``mean_then_abs`` under ``taylor2``. ``compact``
+    scores the model with its removed structures cut out instead of silenced: kept ones score the same to rounding, removed ones 0; cheaper
+    the more is gone, for a copy of what is left. ``gradient_bytes`` bounds the accumulated gradients of weights held at once (not those of
+    gates); the rest of the weights wait for another pass over the calibration set.
     """
 
     aggregate: Aggregate | None = None
@@ -71,31 +72,32 @@ class FirstOrder:
 
     def scores(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
         """Scores (S,) by the mean loss of ``objective`` over ``batches``; ``FedsimError`` for a non-finite loss or gradient."""
-        compact = smap.attends if self.compact is None else self.compact
+        method = self.resolved(smap)
         with torch.enable_grad():
-            if compact and not kept.all():
+            if method.compact:
                 raw = np.zeros(len(smap))
-                small = Submodel(kept, smap.fingerprint).sliced(model, smap)
-                raw[kept] = self._raw(small, smap.cut(kept), objective, batches, None)
+                small, left = cut_to(model, smap, kept)
+                raw[kept] = method._raw(small, left, objective, batches, np.ones(len(left), np.bool_))
             else:
-                raw = self._raw(model, smap, objective, batches, kept)
+                raw = method._raw(model, smap, objective, batches, kept)
         return normalised(raw, self.normalise, smap, kept)
 
-    def _raw(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools | None) -> Scores:
-        """Scores (S,) before they are made comparable, of ``model`` with only ``kept`` alive (``None``: all)."""
+    def resolved(self, smap: StructureMap) -> "FirstOrder":
+        """The same importance with the defaults for a model of ``smap`` written out."""
         aggregate = self.aggregate or ("sum_abs" if smap.attends else "gate")
         reduce = self.reduce or ("mean_then_abs" if smap.attends or aggregate == "taylor2" else "abs_then_mean")
-        alive = np.ones(len(smap), np.bool_) if kept is None else kept
-        if aggregate == "gate" or aggregate == "gate_abs":
-            return _gate_scores(
-                model, smap, objective, batches, alive, positionwise=aggregate == "gate_abs", each=reduce == "abs_then_mean"
-            )
-        with gated(model, smap, alive, record=False):
+        compact = smap.attends if self.compact is None else self.compact
+        return replace(self, aggregate=aggregate, reduce=reduce, compact=compact)
+
+    def _raw(self, model: nn.Module, smap: StructureMap, objective: Objective, batches: Sequence[Any], kept: Bools) -> Scores:
+        """Scores (S,) before they are made comparable, of ``model`` with only ``kept`` alive; all fields resolved."""
+        each = self.reduce == "abs_then_mean"
+        if self.aggregate == "gate" or self.aggregate == "gate_abs":
+            return _gate_scores(model, smap, objective, batches, kept, positionwise=self.aggregate == "gate_abs", each=each)
+        assert self.aggregate is not None, "resolved before scoring"
+        with gated(model, smap, kept, record=False):
             return weight_scores(
-                *(model, smap, objective, batches),
-                aggregate=aggregate,
-                each=reduce == "abs_then_mean",
-                gradient_bytes=self.gradient_bytes,
+                *(model, smap, objective, batches), aggregate=self.aggregate, each=each, gradient_bytes=self.gradient_bytes
             )
 
 
@@ -153,7 +155,7 @@ def _gate_sums(
             losses = finite_losses(objective, model, batch, number)
             seen = list(taps)  # a checkpointed layer runs again in the backward pass, and its hooks with it
             gradients = torch.autograd.grad(losses.sum(), [tap.output for tap in seen], materialize_grads=True, allow_unused=True)
-            moved = _block_products(smap, seen, gradients, positionwise=positionwise)
+            moved = _block_products(smap, seen, gradients, len(losses) if each else 1, positionwise=positionwise)
             if each:
                 moved = [m.abs() for m in moved]
             batch_sum = torch.cat([m.sum(0, dtype=torch.float64).cpu() for m in moved]).numpy()
@@ -163,16 +165,27 @@ def _gate_sums(
     return total / count
 
 
-def _block_products(smap: StructureMap, taps: Sequence[Tap], gradients: Sequence[Tensor], *, positionwise: bool) -> list[Tensor]:
-    """For every block dL/dxi (B, n) of each example, summed over its consumers."""
+def _block_products(
+    smap: StructureMap, taps: Sequence[Tap], gradients: Sequence[Tensor], examples: int, *, positionwise: bool
+) -> list[Tensor]:
+    """For every block dL/dxi (B, n) of each of B ``examples``, or (1, n) of all of them, summed over its consumers."""
     moved: dict[int, Tensor] = {}
     for tap, gradient in zip(taps, gradients, strict=True):
-        product = structure_products(tap, gradient, positionwise=positionwise)
+        product = _by_example(structure_products(tap, gradient, positionwise=positionwise), examples, tap.member.weight)
         moved[tap.block] = moved[tap.block] + product if tap.block in moved else product
     missing = [smap.blocks[b].name for b in range(len(smap.blocks)) if b not in moved]
     if missing:
         raise ValueError(f"the objective never runs the consumers of blocks {missing}, so they have no importance")
     return [moved[b] for b in range(len(smap.blocks))]
+
+
+def _by_example(product: Tensor, examples: int, weight: str) -> Tensor:
+    """(rows, n) added up to (B, n), in float64 where an example has several rows, one after another: its answers, or its tokens."""
+    if len(product) == examples:
+        return product
+    if len(product) % examples:
+        raise ValueError(f"{weight} reads {len(product)} rows for {examples} losses; importance needs as many rows of each example")
+    return product.reshape(examples, -1, product.shape[1]).sum(1, dtype=torch.float64)
 
 
 def _require_finite(values: Scores, number: int) -> None:

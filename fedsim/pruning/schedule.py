@@ -1,6 +1,7 @@
 """Iterative global pruning: score, remove the lowest few of the whole model, score what is left again."""
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import nn
 from fedsim.errors import CapacityError, FedsimError
 from fedsim.pruning.importance import Importance, Objective, Scores
 from fedsim.pruning.structures import Block, Bools, Ints, StructureMap
-from fedsim.pruning.submodel import Submodel
+from fedsim.pruning.submodel import Submodel, cut_to
 from fedsim.pruning.tracing import evaluating
 from fedsim.pruning.trajectory import PruningTrajectory
 
@@ -35,14 +36,14 @@ class Progress:
 
     def pruned(self) -> nn.Module:
         """The model as far as it is pruned, in evaluation mode."""
-        return Submodel(self.kept, self.smap.fingerprint).sliced(self.model, self.smap) if not self.kept.all() else self.model
+        return cut_to(self.model, self.smap, self.kept)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
     """Base of all pruning methods: which levels are wanted and what must stay; a subclass says how structures are ranked.
 
-    ``levels`` are sparsities in [0, 1), rising. ``min_keep`` structures stay in every block; 0 lets a whole attention or MLP go. Blocks whose name starts with an entry of ``protect`` stay whole; so do, in a stack of at least 10 layers, the first
+    ``levels`` are sparsities in [0, 1), rising. ``min_keep`` structures stay in every block; 0 lets a whole attention or MLP go. The blocks of every module in ``protect`` (``"model.layers.1"``, which is not layer 10) stay whole; so do, in a stack of at least 10 layers, the first
     ``protect_first`` (a share, rounded down) and the last ``protect_last``, as in the code of arXiv:2510.18030. ``calibration`` says whose examples rank the structures of a deployment (the fleet's or
     the client's own) and ``calibration_examples`` how many; ``couple_residual`` is that of ``structure_map``.
     """
@@ -134,12 +135,12 @@ class Pruner:
 
 def spared_by(pruner: Pruner, smap: StructureMap) -> Bools:
     """Structures (S,) of protected blocks. ``CapacityError`` if the highest level cannot be reached without them."""
-    names = [block.name for block in smap.blocks]
-    for prefix in pruner.protect:
-        if not any(name.startswith(prefix) for name in names):
-            raise ValueError(f"protect names no block that starts with {prefix!r}; prunable blocks are {names}")
-    whole = np.asarray([name.startswith(pruner.protect) if pruner.protect else False for name in names], np.bool_)
-    whole |= _at_the_ends(pruner, smap)
+    whole = _at_the_ends(pruner, smap)
+    for module in pruner.protect:
+        inside = np.asarray([f"{block.name}.".startswith(f"{module.rstrip('.')}.") for block in smap.blocks], np.bool_)
+        if not inside.any():
+            raise ValueError(f"protect names no block inside {module!r}; prunable blocks are {[block.name for block in smap.blocks]}")
+        whole |= inside
     most = np.asarray(
         [0 if w else max(len(b) - least_kept(b, pruner.min_keep), 0) for b, w in zip(smap.blocks, whole, strict=True)], np.int64
     )
@@ -197,7 +198,11 @@ def _within_min_keep(order: Ints, smap: StructureMap, kept: Bools, min_keep: int
 
 
 def _number_to_goal(smap: StructureMap, kept: Bools, order: Ints, goal: float) -> int:
-    """How many of ``order`` leave until the sparsity is at least ``goal``."""
-    now = smap.share("parameters", smap.removed_counts(kept))
-    shares = np.concatenate([[now], smap.share("parameters", smap.after_each(kept, order))])
-    return int(np.searchsorted(shares, goal - 1e-12, side="left"))
+    """How many of ``order`` leave until the sparsity is at least ``goal``; found by halving, as it never falls while more leave."""
+    gone = smap.removed_counts(kept)
+
+    def reached(number: int) -> bool:
+        more = np.bincount(smap.block_of[order[:number]], minlength=len(gone))
+        return bool(smap.share("parameters", gone + more) >= goal - 1e-12)
+
+    return bisect_left(range(len(order)), True, key=reached)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -219,6 +219,15 @@ class StructureMap:
         """Removed counts (R, K) after each removal of ``order`` (R,) in turn, starting from ``kept``."""
         steps = self.block_of[order][:, None] == np.arange(len(self.blocks))
         return self.removed_counts(kept) + np.cumsum(steps, axis=0, dtype=np.int64)
+
+    def along(self, order: Ints, figures: Callable[[Ints], NDArray[Any]], *, at_once: int = 4096) -> NDArray[Any]:
+        """``figures`` (R,) of the removed counts after each removal of ``order`` (R,) from the dense model, (``at_once``, K) of them in memory."""
+        kept, found = np.ones(len(self), np.bool_), []
+        for start in range(0, max(len(order), 1), at_once):
+            some = order[start : start + at_once]
+            found.append(figures(self.after_each(kept, some)))
+            kept[some] = False
+        return np.concatenate(found)
 
     def positions(self, block: int, member: Member, kept: Bools) -> tuple[Ints, Ints]:
         """Positions of ``member`` along its dimension that (stay, leave) under ``kept`` (S,); unowned ones count as neither."""

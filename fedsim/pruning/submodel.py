@@ -108,19 +108,22 @@ class Submodel:
         """A copy of ``model`` without the removed structures: smaller weights, plain modules, the same interface."""
         kept = self.checked(smap)
         smap.check(model)
-        small = copy.deepcopy(model)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        cut = {id(tensors[name]): _cut(tensors[name], leaving) for name, leaving in _leaving(smap, kept).items()}
+        small = copy.deepcopy(model, cut)  # a memo: what is cut already is not copied, so the dense weights never exist twice
         for number, block in enumerate(smap.blocks):
             removed = len(block) - int(kept[smap.starts[number] : smap.starts[number + 1]].sum())
-            if not removed:
-                continue
-            for member in block.members:
-                _cut(small, member.weight, member.dim, smap.positions(number, member, kept)[1])
-            for resize in block.resizes:
+            for resize in block.resizes if removed else ():
                 module = small.get_submodule(resize.module)
                 setattr(module, resize.attribute, getattr(module, resize.attribute) - removed * resize.each)
         for name, vacate in _vacated(smap, kept):
             small.set_submodule(name, vacate(small.get_submodule(name)))
         return small
+
+
+def cut_to(model: nn.Module, smap: StructureMap, kept: Bools) -> tuple[nn.Module, StructureMap]:
+    """The model of the structures ``kept`` (S,) alone, and its map; ``model`` itself, not a copy, where that is all of them."""
+    return (model, smap) if kept.all() else (Submodel(kept, smap.fingerprint).sliced(model, smap), smap.cut(kept))
 
 
 def lacking(old: Submodel | None, new: Submodel, smap: StructureMap) -> int:
@@ -143,11 +146,12 @@ def _vacated(smap: StructureMap, kept: Bools) -> Iterator[tuple[str, Callable[[n
 
 
 def _leaving(smap: StructureMap, kept: Bools) -> dict[str, list[tuple[int, Ints]]]:
-    """(dim, positions) that leave each weight some structure owns."""
+    """(dim, positions) that leave each weight that loses some."""
     leaving: dict[str, list[tuple[int, Ints]]] = {}
     for number, block in enumerate(smap.blocks):
         for member in block.members:
-            leaving.setdefault(member.weight, []).append((member.dim, smap.positions(number, member, kept)[1]))
+            if len(positions := smap.positions(number, member, kept)[1]):
+                leaving.setdefault(member.weight, []).append((member.dim, positions))
     return leaving
 
 
@@ -159,13 +163,11 @@ def _mark(shape: tuple[int, ...], leaving: Sequence[tuple[int, Ints]]) -> Bools:
     return mark.reshape(-1)
 
 
-def _cut(model: nn.Module, name: str, dim: int, leaving: Ints) -> None:
-    """Replace a parameter or buffer by one without the positions ``leaving`` along ``dim``."""
-    path, _, own = name.rpartition(".")
-    module = model.get_submodule(path)
-    tensor = getattr(module, own)
-    stay = np.setdiff1d(np.arange(tensor.shape[dim]), leaving, assume_unique=True)
-    cut = tensor.detach().index_select(dim, torch.from_numpy(stay).to(tensor.device))
-    if isinstance(tensor, nn.Parameter):
-        cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-    setattr(module, own, cut)
+def _cut(tensor: torch.Tensor, leaving: Sequence[tuple[int, Ints]]) -> torch.Tensor:
+    """A copy of a parameter or buffer without the positions that leave along each dimension."""
+    cut = tensor.detach()
+    for dim in sorted({dim for dim, _ in leaving}):
+        stay = np.ones(tensor.shape[dim], np.bool_)
+        stay[np.concatenate([positions for d, positions in leaving if d == dim])] = False
+        cut = cut.index_select(dim, torch.from_numpy(np.flatnonzero(stay)).to(tensor.device))
+    return nn.Parameter(cut, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ class PruningTrajectory:
     @classmethod
     def of(cls, smap: StructureMap, removed: Ints, scores: NDArray[np.float64], step_of: Ints) -> "PruningTrajectory":
         """Removals with the costs that follow from ``smap``."""
-        after = smap.after_each(np.ones(len(smap), np.bool_), removed)
-        shares: dict[str, NDArray[np.float64]] = {cost: smap.share(cost, after) for cost in COSTS if smap.prunable(cost)}
+        shares: dict[str, NDArray[np.float64]] = {
+            cost: smap.along(removed, partial(smap.share, cost)) for cost in COSTS if smap.prunable(cost)
+        }
         return cls(removed=removed, scores=scores, step_of=step_of, shares=shares, num_structures=len(smap), fingerprint=smap.fingerprint)
 
     def __eq__(self, other: object) -> bool:
@@ -64,8 +66,8 @@ class PruningTrajectory:
                 f"level {level} of {cost} lies beyond the trajectory, which removes {reach:.4f}; add it to the pruner's levels"
             )
         number = int(np.searchsorted(share, level + 1e-12, side="right"))
-        if number < (given := int((self.step_of == 0).sum())):
-            raise CapacityError(f"level {level} of {cost} lies before the trajectory, which goes on from {share[given - 1]:.4f}")
+        if number < self._given:
+            raise CapacityError(f"level {level} of {cost} lies before the trajectory, which goes on from {share[self._given - 1]:.4f}")
         kept: Bools = np.ones(self.num_structures, np.bool_)
         kept[self.removed[:number]] = False
         return Submodel(kept, self.fingerprint, float(level))
@@ -73,21 +75,26 @@ class PruningTrajectory:
     def within(self, limit: float, smap: StructureMap, cost: Cost | Callable[[StructureMap, Ints], NDArray[Any]] = "bytes") -> Submodel:
         """The largest submodel whose ``cost``, in its own units, is at most ``limit``; see :mod:`fedsim.pruning.budgets`.
 
-        Raises ``CapacityError`` with what the smallest needs where none is.
+        None is larger than the submodel the trajectory went on from. Raises ``CapacityError`` with what the smallest needs where none fits.
         """
         self.structures(smap)
-        dense = np.zeros((1, len(smap.blocks)), np.int64)
-        counts = np.concatenate([dense, smap.after_each(np.ones(self.num_structures, np.bool_), self.removed)])
-        figures = smap.cost(cost, counts) if isinstance(cost, str) else cost(smap, counts)
+        measure = partial(smap.cost, cost) if isinstance(cost, str) else partial(cost, smap)
+        dense = measure(np.zeros((1, len(smap.blocks)), np.int64))
+        figures = np.concatenate([dense, smap.along(self.removed, measure)])[self._given :]
         fitting = np.flatnonzero(figures <= limit)
         if not len(fitting):
             raise CapacityError(
                 f"{cost} is at least {figures.min():,.6g} along this trajectory, over the limit of {limit:,.6g}; prune further"
             )
-        number = int(fitting[0])
+        number = self._given + int(fitting[0])
         kept: Bools = np.ones(self.num_structures, np.bool_)
         kept[self.removed[:number]] = False
         return Submodel(kept, self.fingerprint, float(self.shares["parameters"][number - 1]) if number else 0.0)
+
+    @property
+    def _given(self) -> int:
+        """Structures that the submodel it went on from lacks."""
+        return int((self.step_of == 0).sum())
 
     def structures(self, smap: StructureMap) -> tuple[Structure, ...]:
         """The removed structures by name."""
@@ -127,6 +134,19 @@ class PruningTrajectory:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is missing, damaged or not a pruning trajectory: {error}") from error
+        if damage := trajectory._damage():
+            raise CheckpointError(f"{path} is damaged: {damage}")
         if smap is not None and smap.fingerprint != trajectory.fingerprint:
             raise ValueError(f"{path} is a trajectory of model {trajectory.fingerprint}, not of model {smap.fingerprint}")
         return trajectory
+
+    def _damage(self) -> str | None:
+        """What cannot be true of an order of removal."""
+        number, arrays = len(self.removed), {"scores": self.scores, "step_of": self.step_of, **self.shares}
+        if self.removed.ndim != 1 or any(array.shape != self.removed.shape for array in arrays.values()):
+            return f"its arrays must be of one length, got {dict(removed=self.removed.shape, **{n: a.shape for n, a in arrays.items()})}"
+        if number and not 0 <= self.removed.min() <= self.removed.max() < self.num_structures:
+            return f"removed structures must lie in 0..{self.num_structures - 1}, got {self.removed.min()} to {self.removed.max()}"
+        if len(np.unique(self.removed)) < number:
+            return "a structure is removed twice"
+        return None

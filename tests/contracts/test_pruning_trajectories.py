@@ -115,7 +115,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {
     "wanda-sp": WandaSP,
     "flap": FLAP,
     "llm-pruner": LLMPruner,
-    "uniform": lambda **fields: Uniform(base=GISP(levels=(0.2,), steps=1), **fields),
+    "uniform": lambda **fields: Uniform(base=GISP(steps=1), **fields),
 }
 
 

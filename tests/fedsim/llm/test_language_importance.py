@@ -1,6 +1,7 @@
 """Importance on language models: identities, finite differences, brute force, and the same order however it is computed."""
 
 import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -190,3 +191,12 @@ def test_going_on_from_a_prefix_gives_the_trajectory_that_was_not_interrupted():
     assert rest.at(0.6) == whole.at(0.6)
     with pytest.raises(CapacityError, match=r"lies before the trajectory, which goes on from 0\.3"):
         rest.at(0.1)
+
+
+@pytest.mark.parametrize("units", [("head_group", "channel"), ("layer",)])
+def test_absolute_values_are_taken_of_texts_where_a_layer_lays_all_tokens_side_by_side(units):
+    model = built("opt")
+    smap = language_structures(model, TOKENS, units=units)
+    method, every = FirstOrder(aggregate="gate", reduce="abs_then_mean", normalise="none", compact=False), np.ones(len(smap), np.bool_)
+    single = [replace(method, reduce="mean_then_abs").scores(model, smap, losses, [Batch(tokens()[i : i + 1])], every) for i in range(3)]
+    np.testing.assert_allclose(method.scores(model, smap, losses, [Batch(tokens())], every), np.mean(single, axis=0), rtol=1e-3)

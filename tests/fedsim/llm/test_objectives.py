@@ -9,7 +9,7 @@ from torch import nn
 
 from fedsim.llm import Arithmetic, Decoder, Reasoning
 from fedsim.llm.arithmetic import characters
-from fedsim.llm.objectives import Checkpointed, Choices, Margin, chosen_rightly
+from fedsim.llm.objectives import Checkpointed, Choices, Margin, answer_losses, chosen_rightly
 from fedsim.pruning import GISP, FirstOrder
 from fedsim.tasks.base import Batch
 from tests.fedsim.llm.models import FAMILIES, built, opt, tokens
@@ -39,6 +39,53 @@ def test_margins_compare_the_right_answer_with_the_wrong_ones():
     torch.testing.assert_close(Margin(TASK, "mean_wrong")(model, batch), mean)
     torch.testing.assert_close(Margin(TASK)(model, batch), best)
     assert chosen_rightly(TASK, model, batch).tolist() == [float(row.argmin() == 0) for row in losses]
+
+
+def without(batch: Choices, question: int, answer: int) -> Choices:
+    targets = batch.targets.clone()
+    targets[question, answer] = -100
+    return Choices(batch.inputs, targets)
+
+
+@pytest.mark.parametrize("kind", ["mean_wrong", "best_wrong"])
+def test_an_absent_answer_counts_for_nothing(kind):
+    model, batch = TASK.build(0), choices()
+    weight = model.model.layers[0].mlp.down_proj.weight
+    two = Choices(*(part[:1, :2] for part in batch))
+    fewer = Choices(*(part[:1] for part in without(batch, 0, 2)))
+    for part in (fewer, two):
+        assert Margin(TASK, kind)(model, part).isfinite().all()
+    torch.testing.assert_close(Margin(TASK, kind)(model, fewer), Margin(TASK, kind)(model, two))
+    gradients = [torch.autograd.grad(Margin(TASK, kind)(model, part).sum(), weight)[0] for part in (fewer, two)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    mixed = Margin(TASK, kind)(model, without(batch, 0, 2))
+    torch.testing.assert_close(mixed[1:], Margin(TASK, kind)(model, batch)[1:])
+
+
+def test_an_absent_answer_is_never_chosen():
+    model, batch = TASK.build(0), choices()
+    for absent in (1, 2):
+        losses = answer_losses(TASK, model, without(batch, 0, absent))
+        assert losses[0, absent] == torch.inf
+        assert losses[1:].isfinite().all()
+        other = 3 - absent
+        assert chosen_rightly(TASK, model, without(batch, 0, absent))[0] == float(losses[0, 0] < losses[0, other])
+    for answers in ((0,), (1, 2)):
+        alone = batch
+        for answer in answers:
+            alone = without(alone, 3, answer)
+        with pytest.raises(ValueError, match="question 3 has no right answer, or no wrong one"):
+            chosen_rightly(TASK, model, alone)
+
+
+def test_checkpointing_the_user_had_on_stays_on():
+    model, batch = built("llama"), Batch(tokens(), tokens().roll(-1, 1))
+    model.activation_checkpointing_enable()
+    layers = model.model.layers
+    before = [(layer.training, layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers]
+    Checkpointed(TASK.losses)(model, batch)
+    assert [(layer.training, layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in layers] == before
+    assert all(layer.gradient_checkpointing for layer in layers)
 
 
 def test_the_gradient_of_the_mean_margin_is_that_of_right_less_that_of_wrong():

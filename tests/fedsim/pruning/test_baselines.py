@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.llm.structures import language_structures
-from fedsim.pruning import FLAP, GISP, FirstOrder, LLMPruner, ShortGPT, Submodel, Uniform, WandaSP, compensate, structure_map
+from fedsim.pruning import FLAP, GISP, FirstOrder, LLMPruner, Random, ShortGPT, Submodel, Uniform, WandaSP, compensate, structure_map
 from fedsim.pruning.activations import moments
 from tests.fedsim.llm.models import TOKENS, built, gpt2, tokens
 
@@ -177,3 +177,93 @@ def test_uniform_keeps_the_order_of_its_base_inside_every_block():
         gone = ~kept[start:stop]
         assert abs(gone.mean() - 0.5) <= 1 / (stop - start)
         assert order[start:stop][gone].max() < order[start:stop][~gone].min()
+
+
+class Asked(NamedTuple):
+    inputs: Tensor
+    targets: Tensor
+
+
+def answered(model: nn.Module, batch: Asked) -> Tensor:
+    logits = model(batch.inputs.flatten(0, -2)).logits
+    found = F.cross_entropy(logits.transpose(1, 2), batch.targets.flatten(0, -2), reduction="none").sum(1)
+    return found.view(len(batch.inputs), -1).mean(1)
+
+
+def padded(batch: Asked, more: int) -> Asked:
+    return Asked(F.pad(batch.inputs, (0, more), value=7), F.pad(batch.targets, (0, more), value=-100))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=["texts", "answers"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("method", [WandaSP, FLAP, ShortGPT])
+def test_padding_is_no_data(method, name, shape):
+    model = built(name)
+    smap = language_structures(model, TOKENS, units=("layer",) if method is ShortGPT else ("head_group", "channel"))
+    inputs = tokens(4).view(*shape, TOKENS)
+    targets = inputs.roll(-1, -1)
+    targets[..., :3] = -100  # questions are read, though not asked for
+    batch = Asked(inputs, targets)
+    tight, wide = (method(levels=(0.4,)).trajectory(model, smap, answered, [b]) for b in (batch, padded(batch, 30)))
+    np.testing.assert_array_equal(tight.removed, wide.removed)
+    np.testing.assert_allclose(tight.scores, wide.scores, rtol=1e-3)
+
+
+def test_texts_end_where_their_own_targets_do():
+    model = built("llama")
+    smap = language_structures(model, TOKENS)
+    batch = Asked(tokens(3), tokens(3).roll(-1, 1))
+    for row, length in enumerate((5, 9, 12)):
+        batch.targets[row, length:] = -100
+    found = moments(model, smap, answered, [batch])
+    for weight, seen in found.items():
+        inputs = read_by(model, weight.removesuffix(".weight"), [batch]).view(3, TOKENS, -1)
+        expected = torch.cat([row[:length] for row, length in zip(inputs, (5, 9, 12), strict=True)])
+        assert seen.number == 26
+        torch.testing.assert_close(seen.mean, expected.mean(0))
+        torch.testing.assert_close(seen.variance, expected.var(0))
+
+
+@pytest.mark.parametrize("method", [WandaSP, FLAP, ShortGPT])
+def test_going_on_from_a_submodel_ranks_what_is_left_as_a_model_of_its_own(method):
+    model = gpt2(layers=6).eval()
+    smap = language_structures(model, TOKENS, units=("layer",) if method is ShortGPT else ("head_group", "channel"))
+    start = Random(levels=(0.35,), seed=3).trajectory(model, smap, losses, BATCHES).at(0.35)
+    rule = method().plan()[0]
+    rule = rule.base if method is WandaSP else rule  # the shares it hands on count what has left already
+    small, left = start.sliced(model, smap), smap.cut(start.kept)
+    found = rule.scores(model, smap, losses, BATCHES, start.kept)
+    np.testing.assert_array_equal(found[start.kept], rule.scores(small, left, losses, BATCHES, np.ones(len(left), np.bool_)))
+    further = method(levels=(0.6,)).trajectory(model, smap, losses, BATCHES, start=start)
+    assert set(further.removed[further.step_of > 0].tolist()) <= set(np.flatnonzero(start.kept).tolist())
+
+
+class Renewing(GISP):
+    """Calibrates every step on the second batch alone, and says so in its FLOPs."""
+
+    def calibration_for(self, batches, progress):
+        return [BATCHES[1]]
+
+    def flops(self, smap, examples):
+        return 5.0 * self.levels[-1]
+
+
+def test_uniform_calibrates_as_its_base_does():
+    model = built("llama")
+    smap = language_structures(model, TOKENS)
+    found = Uniform(base=Renewing(steps=2), levels=(0.4,)).trajectory(model, smap, losses, BATCHES)
+    assert found == Uniform(base=GISP(steps=2), levels=(0.4,)).trajectory(model, smap, losses, BATCHES[1:])
+    assert Uniform(base=Renewing(steps=2), levels=(0.4,)).flops(smap, 9) == 2.0
+
+
+def test_uniform_refuses_what_it_could_not_keep():
+    with pytest.raises(ValueError, match=r"Uniform decides protect for its base, which sets \('model.layers.0',\) against \(\)"):
+        Uniform(base=GISP(protect=("model.layers.0",)))
+    with pytest.raises(ValueError, match=r"Uniform decides protect_first for its base, which sets 0.125"):
+        Uniform(base=LLMPruner())
+    assert Uniform(base=LLMPruner(), protect_first=0.125, protect_last=2).plan()[1] == 1
+    model = gpt2(layers=6).eval()
+    smap = language_structures(model, TOKENS, units=("layer",))
+    for pruner in (Uniform(base=ShortGPT(), levels=(0.3,)), WandaSP(levels=(0.3,))):
+        with pytest.raises(ValueError, match="every block of this map holds one structure"):
+            pruner.trajectory(model, smap, losses, BATCHES)

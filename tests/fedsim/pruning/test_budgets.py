@@ -56,6 +56,32 @@ def test_the_largest_submodel_within_a_budget_is_found():
     assert trajectory.within(1e12, smap).kept.all()
 
 
+def test_no_submodel_is_larger_than_the_one_the_trajectory_went_on_from():
+    model, smap, trajectory = prepared()
+    start = trajectory.at(0.3)
+    further = Random(levels=(0.6,), seed=1).trajectory(model, smap, None, [(tokens(),)], start=start)
+    held = start.bytes(smap)
+    np.testing.assert_array_equal(further.within(1e12, smap).kept, start.kept)
+    assert further.within(held - 1, smap).bytes(smap) < held
+    fits = further.within(0.9 * held, smap)
+    assert 0.8 * held < fits.bytes(smap) <= 0.9 * held
+    assert not (fits.kept & ~start.kept).any()
+
+
+def test_figures_along_an_order_are_those_of_all_counts_at_once():
+    _, smap, trajectory = prepared()
+    sizes: list[int] = []
+
+    def bytes_left(removed):
+        sizes.append(len(removed))
+        return smap.cost("bytes", removed)
+
+    found = smap.along(trajectory.removed, bytes_left, at_once=7)
+    np.testing.assert_array_equal(found, smap.cost("bytes", smap.after_each(np.ones(len(smap), bool), trajectory.removed)))
+    assert max(sizes) == 7
+    assert smap.along(trajectory.removed[:0], bytes_left).shape == (0,)
+
+
 def test_a_roofline_is_bound_by_compute_or_by_memory():
     _, smap, _ = prepared()
     none = np.zeros(len(smap.blocks), np.int64)

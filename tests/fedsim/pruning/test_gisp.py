@@ -1,6 +1,7 @@
 """GISP and its baselines: order, schedule, special cases and refusals."""
 
 import itertools
+import tracemalloc
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fedsim.errors import CapacityError, FedsimError
 from fedsim.pruning import GISP, FirstOrder, Magnitude, OneShot, Random, Submodel, structure_map
+from fedsim.pruning.schedule import _number_to_goal
 
 GATE = FirstOrder(aggregate="gate", normalise="none", reduce="mean_then_abs")
 
@@ -110,8 +112,39 @@ def test_protected_blocks_stay_whole_and_unknown_names_are_refused() -> None:
     kept = GISP(levels=(0.4,), protect=("2",)).trajectory(model, smap, losses, [batch]).at(0.4).kept
     assert kept[10:].all()
     assert not kept[:10].all()
-    with pytest.raises(ValueError, match=r"protect names no block that starts with 'conv'; prunable blocks are \['0', '2'\]"):
+    with pytest.raises(ValueError, match=r"protect names no block inside 'conv'; prunable blocks are \['0', '2'\]"):
         GISP(protect=("conv",)).trajectory(model, smap, losses, [batch])
+
+
+def test_protecting_a_layer_does_not_protect_those_whose_number_begins_with_its_own() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), *(m for _ in range(6) for m in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 2))
+    smap = structure_map(model, torch.zeros(1, 6))
+    names = [b.name for b in smap.blocks]
+    assert {"1", "11"} <= set(names)
+    for entry in ("1", "1."):
+        kept = Random(levels=(0.5,), protect=(entry,)).trajectory(model, smap, None, [(torch.zeros(1, 6),)]).at(0.5).kept
+        layers = dict(zip(names, np.split(kept, smap.starts[1:-1]), strict=True))
+        assert layers["1"].all()
+        assert not layers["11"].all()
+    with pytest.raises(ValueError, match="protect names no block inside '1w'"):
+        Random(protect=("1w",)).trajectory(model, smap, None, [(torch.zeros(1, 6),)])
+
+
+def test_the_goal_of_a_step_is_met_by_the_fewest_that_do_and_in_little_memory() -> None:
+    model = nn.Sequential(*(nn.Linear(50, 50) for _ in range(41)))
+    smap = structure_map(model, torch.zeros(1, 50))
+    rng = np.random.default_rng(0)
+    kept = rng.random(len(smap)) < 0.9
+    order = rng.permutation(np.flatnonzero(kept))
+    shares = smap.share("parameters", np.concatenate([[smap.removed_counts(kept)], smap.after_each(kept, order)]))
+    for number in (0, 1, 700, len(order)):
+        assert _number_to_goal(smap, kept, order, float(shares[number])) == number
+    assert _number_to_goal(smap, kept, order, 0.5) == np.searchsorted(shares, 0.5)
+    tracemalloc.start()
+    _number_to_goal(smap, kept, order, 0.5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * len(order) * len(smap.blocks) / 4
 
 
 def test_a_level_out_of_reach_is_refused_with_the_largest_that_is_not() -> None:
@@ -159,7 +192,8 @@ def test_a_diverged_model_names_step_and_batch_and_gets_its_mode_back() -> None:
         ({"levels": (0.2, 1.0)}, "levels"),
         ({"levels": (-0.1,)}, "levels"),
         ({"levels": (float("nan"),)}, "levels"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be a whole number, at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be a whole number, at least 1, got 2.5"),
         ({"min_keep": -1}, "min_keep must be at least 0, got -1"),
         ({"protect_last": -1}, "protect_last must be at least 0, got -1"),
         ({"protect_first": 1.0}, "protect_first must be a share"),

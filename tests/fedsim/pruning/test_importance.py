@@ -295,3 +295,53 @@ def test_scores_rank_units_of_trained_models_as_their_removal_does_and_shuffled_
         controls.append(np.mean([spearmanr(s, truth).statistic for s in shuffles]))
     assert np.mean(correlations) > 0.5
     assert np.abs(controls).max() < 0.1
+
+
+@pytest.mark.parametrize("aggregate", ["gate", "sum_abs", "taylor2"])
+def test_plain_tuples_are_batches_too(aggregate: str) -> None:
+    model = mlp()
+    smap, batch = traced(model), batch_for(model, 6)
+    method, every = FirstOrder(aggregate=aggregate), every_kept(smap)
+
+    def of_tuples(live: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return losses(live, Batch(*pair))
+
+    found = method.scores(model, smap, of_tuples, [tuple(batch)], every)
+    assert np.array_equal(found, method.scores(model, smap, losses, [batch], every))
+
+
+class Answers(NamedTuple):
+    inputs: Tensor  # (B, A, D)
+
+
+@pytest.mark.parametrize("aggregate", ["gate", "gate_abs"])
+def test_rows_of_one_example_are_added_up_before_its_absolute_value(aggregate: str) -> None:
+    model = mlp()
+    smap, batch = traced(model), Answers(batch_for(model, 24).inputs.view(8, 3, 6))
+
+    def spread(live: nn.Module, questions: Answers) -> Tensor:
+        return live(questions.inputs.flatten(0, 1)).square().sum(1).view(-1, 3).std(1)
+
+    method = FirstOrder(aggregate=aggregate, reduce="abs_then_mean", normalise="none")
+    of_one = FirstOrder(aggregate=aggregate, reduce="mean_then_abs", normalise="none")
+    single = [of_one.scores(model, smap, spread, [Answers(batch.inputs[i : i + 1])], every_kept(smap)) for i in range(8)]
+    assert np.allclose(method.scores(model, smap, spread, [batch], every_kept(smap)), np.mean(single, axis=0), rtol=1e-12)
+
+
+def test_rows_that_belong_to_no_example_are_refused() -> None:
+    model = mlp()
+
+    def shared(live: nn.Module, batch: Batch) -> Tensor:
+        return losses(live, batch) + live(batch.inputs[:5]).sum()
+
+    with pytest.raises(ValueError, match=r"2\.weight reads 5 rows for 20 losses"):
+        FirstOrder(aggregate="gate").scores(model, traced(model), shared, [batch_for(model)], every_kept(traced(model)))
+    mean = FirstOrder(aggregate="gate", reduce="mean_then_abs")
+    assert mean.scores(model, traced(model), shared, [batch_for(model)], every_kept(traced(model))).all()
+
+
+def test_the_defaults_of_a_model_can_be_read() -> None:
+    smap = traced(mlp())
+    assert FirstOrder().resolved(smap) == FirstOrder(aggregate="gate", reduce="abs_then_mean", compact=False)
+    assert FirstOrder(aggregate="taylor2").resolved(smap) == FirstOrder(aggregate="taylor2", reduce="mean_then_abs", compact=False)
+    assert FirstOrder(aggregate="sum_abs").resolved(smap) == FirstOrder(aggregate="sum_abs", reduce="abs_then_mean", compact=False)

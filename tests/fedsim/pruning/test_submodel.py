@@ -1,5 +1,7 @@
 """What one level costs, ships and refuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,24 @@ def test_frozen_parameters_are_sliced_but_not_in_the_flat_vector() -> None:
     assert trajectory.at(0.5).parameters(smap) == sum(p.numel() for p in sliced.parameters())
 
 
+class Dense(nn.Parameter):
+    """Never to be copied whole."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("the dense weight was copied")
+
+
+def test_surgery_copies_only_what_stays() -> None:
+    model = mlp()
+    smap, trajectory = random_order(model)
+    expected = trajectory.at(0.5).sliced(model, smap)
+    for layer in (0, 2, 4):
+        model[layer].weight = Dense(model[layer].weight.detach())
+    found = trajectory.at(0.5).sliced(model, smap)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+    assert all(type(p) is nn.Parameter for p in found.parameters())
+
+
 def test_levels_outside_the_trajectory_are_refused() -> None:
     _, trajectory = random_order(mlp(), level=0.5)
     with pytest.raises(CapacityError, match="lies beyond the trajectory"):
@@ -110,3 +130,24 @@ def test_a_stored_trajectory_is_checked(tmp_path) -> None:
     path.write_text('{"format": "other/1"}')
     with pytest.raises(CheckpointError, match="other/1"):
         PruningTrajectory.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("removed", lambda order: [10**6, *order[1:]], r"removed structures must lie in 0\.\.13, got 1 to 1000000"),
+        ("removed", lambda order: [-1, *order[1:]], "removed structures must lie in"),
+        ("removed", lambda order: [order[1], *order[1:]], "a structure is removed twice"),
+        ("scores", lambda scores: scores[1:], "its arrays must be of one length"),
+        ("shares", lambda shares: {**shares, "bytes": [0.1]}, "its arrays must be of one length"),
+    ],
+)
+def test_a_stored_order_that_cannot_be_one_is_damaged(tmp_path, field, change, message) -> None:
+    smap, trajectory = random_order(mlp())
+    path = tmp_path / "order.json"
+    trajectory.save(path)
+    assert PruningTrajectory.load(path, smap) == trajectory
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, field: change(value[field])}))
+    with pytest.raises(CheckpointError, match=message):
+        PruningTrajectory.load(path, smap)
