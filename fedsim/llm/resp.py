@@ -76,8 +76,7 @@ class RESP(GISP):
         return super().flops(smap, examples) + dense * examples * (1 + self.refresh * sum(m < self.levels[-1] for m in self.milestones))
 
     def calibration_for(self, batches: Sequence[Any], progress: Progress) -> Sequence[Any]:
-        first = progress.before == progress.sparsity
-        if first:
+        if progress.first:
             author = progress.model if progress.deployed is None else progress.deployed
             return self._rewritten(batches, author, progress, np.arange(sum(len(b.inputs) for b in batches)))
         if self.refresh == 0 or not any(progress.before < m <= progress.sparsity for m in self.milestones):

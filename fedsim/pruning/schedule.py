@@ -23,13 +23,14 @@ DEEP = 10  # layers from which the ends of a stack are protected
 class Progress:
     """A trajectory on its way: the dense ``model``, its map, what is ``kept`` (S,) before ``step`` (from 1), the sparsity then and a step ago.
 
-    ``deployed`` is the submodel in service, where the caller gave one.
+    ``first`` tells the step that looks first (steps that a start has behind it are left out), ``deployed`` is the submodel in service, where the caller gave one.
     """
 
     model: nn.Module
     smap: StructureMap
     kept: Bools
     step: int
+    first: bool
     sparsity: float
     before: float
     deployed: nn.Module | None
@@ -113,14 +114,17 @@ class Pruner:
     ) -> PruningTrajectory:
         (importance, steps), spared, target = self.plan(), spared_by(self, smap), self.levels[-1]
         kept = np.ones(len(smap), np.bool_) if start is None else start.checked(smap).copy()
-        first = np.flatnonzero(~kept)
-        removed, scores, step_of = [first], [np.zeros(len(first))], [np.zeros(len(first), np.int64)]
+        gone = np.flatnonzero(~kept)
+        removed, scores, step_of = [gone], [np.zeros(len(gone))], [np.zeros(len(gone), np.int64)]
         before = sparsity = float(smap.share("parameters", smap.removed_counts(kept)))
         for step in range(1, steps + 1):
             goal = target * step / steps
             if goal <= sparsity + 1e-12:
                 continue
-            progress = Progress(model=model, smap=smap, kept=kept, step=step, sparsity=sparsity, before=before, deployed=deployed)
+            first = len(step_of) == 1
+            progress = Progress(
+                model=model, smap=smap, kept=kept, step=step, first=first, sparsity=sparsity, before=before, deployed=deployed
+            )
             batches = self.calibration_for(batches, progress)
             score = _score(importance, step, model, smap, objective, batches, kept)
             order = _within_min_keep(_order(score, kept, spared), smap, kept, self.min_keep)
