@@ -203,6 +203,15 @@ def test_decoding_can_be_held_to_the_budget():
         assert cache.get_seq_length() == LONG + 11
 
 
+def test_strides_evict_less_often_and_hold_less_than_a_stride_more():
+    model, cache, held = built("llama"), DynamicCache(), []
+    with OBCache(host=TOVA(), budget=10, decode=True, stride=4).applied(model) as session, torch.no_grad():
+        for part in (tokens(1, LONG), *tokens(9, 1)):
+            model(part.reshape(1, -1), cache=cache, use_cache=True)
+            held += [set(session.tokens_held)]
+    assert held == [{n} for n in (10, 11, 12, 13, 10, 11, 12, 13, 10, 11)]
+
+
 def test_streaming_keeps_the_sink_and_the_newest():
     cache = filled(built("llama"), tokens(1, LONG), OBCache(host=StreamingLLM(), budget=10, sink=3))
     expected = torch.tensor([0, 1, 2, *range(LONG - 7, LONG)])
@@ -453,6 +462,7 @@ def test_layers_with_a_sliding_window_are_left_alone():
         ({"budget": 50, "sink": -1}, "sink must be a whole number of tokens, got -1"),
         ({"ratio": 0.0}, r"ratio must lie in \(0, 1\], got 0.0"),
         ({"ratio": 1.5}, r"ratio must lie in \(0, 1\], got 1.5"),
+        ({"budget": 50, "stride": 0}, "stride must be a whole number of tokens, at least 1, got 0"),
         ({"budget": 50, "decode": True}, r"SnapKV\(window=32, pool=7\) evicts after prompts alone; with decode=True take H2O"),
     ],
 )
