@@ -31,7 +31,8 @@ class OBCache:
 
     The first ``sink`` tokens of each text stay, and the host's recent ones; a ``ratio`` that leaves no room beside them counts as one token
     more than they are. ``decode=True`` evicts after each token written too; without it the cache grows from the budget as
-    tokens are written. Raises ``ValueError`` for fields out of range.
+    tokens are written. With a ``stride`` above 1 it evicts once ``stride`` tokens were written beyond the budget, which costs that much less time
+    and holds up to ``stride - 1`` tokens more. Raises ``ValueError`` for fields out of range.
     """
 
     score: TokenScore = field(default_factory=Evict)
@@ -40,10 +41,13 @@ class OBCache:
     ratio: float | None = None
     sink: int = 4
     decode: bool = False
+    stride: int = 1
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.ratio is None):
             raise ValueError(f"exactly one of budget and ratio must be given, got budget={self.budget!r} and ratio={self.ratio!r}")
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
+            raise ValueError(f"stride must be a whole number of tokens, at least 1, got {self.stride!r}")
         for name, value in (("sink", self.sink), ("budget", self.budget)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f"{name} must be a whole number of tokens, got {value!r}")
@@ -172,7 +176,8 @@ class CacheSession:
             layer.scores = scores = scores if layer.scores is None else layer.scores + scores
         seen = layer.seen if isinstance(layer, EvictedLayer) else _held(layer)
         budget = self.method.tokens(seen)
-        full = _held(layer) > budget and (self.method.decode or _held(layer) - self._held_before > 1)
+        several, over = _held(layer) - self._held_before > 1, _held(layer) - budget
+        full = over > 0 if several else self.method.decode and over >= self.method.stride
         if full or number == len(cache.layers) - 1:
             self.peak_bytes = max(self.peak_bytes, self.bytes_held)
         if full and window is None:

@@ -32,13 +32,16 @@ def token_scores(score: "TokenScore", queries: Tensor, keys: Tensor, values: Ten
     _check(queries, keys, values, mask)
     total = keys.new_zeros(keys.shape[:3], dtype=torch.promote_types(keys.dtype, torch.float32))
     for attended in attention_blocks(queries, keys, values, scale, mask):
-        total += score.of(attended).sum(2)
+        total[..., : attended.values.shape[2]] += score.of(attended).sum(2)
     return total
 
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """A block of queries: ``logits`` (B, G, N, T), which of them are ``seen`` (broadcasts), and ``values`` (B, G, T, D)."""
+    """A block of queries: ``logits`` (B, G, N, T), which of them are ``seen`` (broadcasts), and ``values`` (B, G, T, D).
+
+    T ends with the last token that any query of the block may attend to, where that is known.
+    """
 
     logits: Tensor
     seen: Tensor
@@ -170,7 +173,7 @@ def eviction_error(queries: Tensor, keys: Tensor, values: Tensor, scale: float, 
     _check(queries, keys, values, mask)
     moved = whole = keys.new_zeros((), dtype=torch.promote_types(keys.dtype, torch.float32))
     for attended in attention_blocks(queries, keys, values, scale, mask):
-        left = replace(attended, seen=attended.seen & kept.unsqueeze(2))
+        left = replace(attended, seen=attended.seen & kept[..., : attended.values.shape[2]].unsqueeze(2))
         moved = moved + (left.outputs - attended.outputs).square().sum()
         whole = whole + attended.outputs.square().sum()
     return (moved / whole).sqrt()
@@ -186,14 +189,14 @@ def attention_blocks(queries: Tensor, keys: Tensor, values: Tensor, scale: float
     for low in range(0, W, QUERIES_AT_ONCE):
         block = queries[:, :, low : low + QUERIES_AT_ONCE].to(wide)
         many = block.shape[2]
-        logits = scale * block.reshape(B, G, R * many, D) @ keys.mT
         if mask is None:
-            seen = position <= position[T - W + low :][:many, None]
-            seen = seen.repeat(R, 1)
+            reach = T - W + low + many
+            seen = (position[:reach] <= position[reach - many : reach, None]).repeat(R, 1)
         else:
-            rows = mask[:, :, low : low + many].expand(B, G * R, many, T)
-            seen = rows.reshape(B, G, R * many, T)
-        yield Attended(logits, seen, values)
+            reach = T
+            seen = mask[:, :, low : low + many].expand(B, G * R, many, T).reshape(B, G, R * many, T)
+        logits = scale * block.reshape(B, G, R * many, D) @ keys[:, :, :reach].mT
+        yield Attended(logits, seen, values[:, :, :reach])
 
 
 def _softmax(logits: Tensor) -> Tensor:

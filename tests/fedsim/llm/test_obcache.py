@@ -116,14 +116,14 @@ def test_a_budget_that_is_not_reached_changes_no_bit(name, implementation):
     model.set_attn_implementation(implementation)
     prompt = tokens(2, LONG)
     plain_logits = model(prompt).logits
-    plain = written(model, prompt, 6)
+    plain = written(model, prompt, 3)
     for host in (SnapKV(), H2O(), AdaKV()):
         with OBCache(host=host, budget=60).applied(model) as session:
             assert torch.equal(model(prompt).logits, plain_logits)
-            assert all(torch.equal(a, b) for a, b in zip(written(model, prompt, 6), plain, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(written(model, prompt, 3), plain, strict=True))
         assert session.output_error == (0.0, 0.0, 0.0)
     with OBCache(ratio=1.0).applied(model):
-        assert all(torch.equal(a, b) for a, b in zip(written(model, prompt, 6), plain, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(written(model, prompt, 3), plain, strict=True))
 
 
 @pytest.mark.parametrize(("host", "implementation"), [*((host, "sdpa") for host in HOSTS), (TOVA(), "eager"), (AdaKV(window=4), "eager")])
@@ -201,6 +201,15 @@ def test_decoding_can_be_held_to_the_budget():
             written(model, prompt, 12, cache=cache)
             assert session.tokens_held == (16, 16, 16)
         assert cache.get_seq_length() == LONG + 11
+
+
+def test_strides_evict_less_often_and_hold_less_than_a_stride_more():
+    model, cache, held = built("llama"), DynamicCache(), []
+    with OBCache(host=TOVA(), budget=10, decode=True, stride=4).applied(model) as session, torch.no_grad():
+        for part in (tokens(1, LONG), *tokens(9, 1)):
+            model(part.reshape(1, -1), cache=cache, use_cache=True)
+            held += [set(session.tokens_held)]
+    assert held == [{n} for n in (10, 11, 12, 13, 10, 11, 12, 13, 10, 11)]
 
 
 def test_streaming_keeps_the_sink_and_the_newest():
@@ -453,6 +462,7 @@ def test_layers_with_a_sliding_window_are_left_alone():
         ({"budget": 50, "sink": -1}, "sink must be a whole number of tokens, got -1"),
         ({"ratio": 0.0}, r"ratio must lie in \(0, 1\], got 0.0"),
         ({"ratio": 1.5}, r"ratio must lie in \(0, 1\], got 1.5"),
+        ({"budget": 50, "stride": 0}, "stride must be a whole number of tokens, at least 1, got 0"),
         ({"budget": 50, "decode": True}, r"SnapKV\(window=32, pool=7\) evicts after prompts alone; with decode=True take H2O"),
     ],
 )
