@@ -98,3 +98,23 @@ def test_without_compression_both_are_the_model_bit_for_bit():
     with rule.applied(model, rule.calibrate(model, [tokens])), OBCache(ratio=1.0).applied(model), torch.no_grad():
         assert torch.equal(model(tokens).logits, built("llama")(tokens).logits)
         assert torch.equal(written(model, tokens), plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, one key-value head", "qwen2", "opt", "gpt2"])
+def test_a_model_pruned_before_is_read_from_its_weights(name):
+    model, tokens = built(name, torch.float64), texts()
+    smap = language_structures(model, LONG)
+    flags = np.random.default_rng(0).random(len(smap)) < 0.6
+    flags[smap.starts[0] : smap.starts[1]] = False  # a layer without heads, others with unequally many
+    flags[smap.starts[2]], flags[smap.starts[4]] = True, True
+    small = Submodel(flags, smap.fingerprint, 0.0).sliced(model, smap)
+    found = []
+    for execution in ("slice", "mask"):
+        rule = ProbePruning(sparsity=0.2, multiple=1, skip=(0,), execution=execution)
+        with rule.applied(small, rule.calibrate(small, [texts(2)])) as session:
+            with torch.no_grad():
+                found.append(small(tokens).logits)
+            assert session.probes > 0
+    torch.testing.assert_close(*found)
+    with OBCache(host=SnapKV(window=4), budget=12).applied(small):
+        assert written(small, tokens).shape == (BATCH, LONG + 6)
