@@ -1,9 +1,12 @@
-"""Pruning and sampling language models: scores cut out against scores silenced, our sampling against transformers' own, GPUs where there are any.
+"""Pruning, sampling and serving language models: what cutting out, a bounded cache and probes gain, on GPUs too where there are any.
 
 On a CPU, a Llama of 4 layers: seconds of one importance pass at 50 % and of a whole trajectory to 60 %, silenced over cut out; tokens a second of
-64 sampled traces over ``generate``'s. On CUDA also, for Llamas of 1 B and 8 B random parameters in bf16: peak memory of a step over
-weights + one layer's gradients, seconds a step, decoding against the memory bandwidth, and what level 40 % gains over its share of FLOPs and bytes.
+64 sampled traces over ``generate``'s; a bounded cache's prefill, decoding and bytes. On CUDA also, for Llamas of 1 B and 8 B random
+parameters in bf16: peak memory of a step over weights + one layer's gradients, seconds a step, decoding against the memory bandwidth, what
+level 40 % gains over its share of FLOPs and bytes, a cache of 20 %, and Probe Pruning of 40 %.
 """
+
+# B texts, T tokens of a context
 
 import sys
 import time
@@ -21,8 +24,12 @@ from experiments.timing import alternating, one_thread
 from fedsim.llm.arithmetic import Arithmetic, characters
 from fedsim.llm.causal_lm import LanguageTask
 from fedsim.llm.decoder import Decoder
+from fedsim.llm.eviction import SnapKV
 from fedsim.llm.generation import generate
+from fedsim.llm.kv_budget import kv_bytes_per_token
+from fedsim.llm.obcache import OBCache
 from fedsim.llm.objectives import Checkpointed
+from fedsim.llm.probe_pruning import ProbePruning
 from fedsim.llm.reasoning_task import Reasoning
 from fedsim.pruning import GISP, FirstOrder, Random, Submodel
 from fedsim.pruning.budgets import Flops, Memory
@@ -42,7 +49,8 @@ def run(quick: bool, out: Path) -> list[Claim]:
     """Three repetitions with ``quick``, else nine; on CUDA one step of each size."""
     repeats = 3 if quick else 9
     with one_thread():
-        found = [*cut_out(repeats), sampling(repeats)]
+        task = _Runs(WIDE, 128, 2048)
+        found = [*cut_out(repeats), sampling(repeats), *bounded("CPU", task.build(0).eval(), task.random(1, 0).inputs, 256, repeats)]
     if torch.cuda.is_available():
         for name, model in BILLION.items():
             found += on_cuda(name, model)
@@ -124,6 +132,8 @@ def on_cuda(name: str, decoder: Decoder) -> list[Claim]:
         ),
         decoding(name, model, task),
         *level_gain(name, model, small, smap),
+        *bounded(name, model, task.random(4, 1, "cuda", 8192).inputs, 8192 // 5, 5),
+        probed(name, model, [batch.inputs for batch in (task.random(20, seed, "cuda", 1024) for seed in range(2))]),
     ]
 
 
@@ -159,6 +169,50 @@ def level_gain(name: str, model: nn.Module, small: Submodel, smap: Any) -> list[
     return found
 
 
+def bounded(name: str, model: nn.Module, tokens: torch.Tensor, budget: int, repeats: int) -> list[Claim]:
+    """A context (B, T) read under a budget: its prefill and one decoding step, as shares of the whole cache's, and the bytes that stay."""
+    rule, newest = OBCache(host=SnapKV(window=32), budget=budget), tokens[:, -1:]
+
+    def prefill() -> Any:
+        with torch.no_grad():
+            return model(tokens, use_cache=True, logits_to_keep=1).cache
+
+    def decode(cache: Any) -> Any:
+        def once() -> None:
+            with torch.no_grad():
+                model(newest, cache=cache, use_cache=True)
+
+        return once
+
+    whole = prefill()
+    with rule.applied(model) as session:
+        cut = prefill()
+        share = session.bytes_held / (len(tokens) * budget * kv_bytes_per_token(model))
+
+    def prefill_under() -> None:
+        with rule.applied(model):
+            prefill()
+
+    reading = alternating({"whole": prefill, "cut": prefill_under}, repeats)
+    writing = alternating({"whole": decode(whole), "cut": decode(cut)}, 3 * repeats)
+    shape = f"{tokens.shape[0]} x {tokens.shape[1]} tokens, budget {budget}"
+    return [
+        _ratio(f"{name}: prefill of {shape}, bounded / whole", reading["cut"], reading["whole"], "<= 1.1 x" if name == "CPU" else "<= 1.03 x"),
+        _ratio(f"{name}: decoding after {shape}, whole / bounded", writing["whole"], writing["cut"], "> 1 x"),
+        Claim(name=f"{name}: bytes held / arithmetic, {shape}", value=share, spread=0.0, bar="<= 1.05 x", seeds=1),
+    ]
+
+
+def probed(name: str, model: nn.Module, batches: list[torch.Tensor]) -> Claim:
+    """Dense over pruned seconds of a batch at 40 %, probes included."""
+    rule = ProbePruning(sparsity=0.4, multiple=64)
+    with rule.applied(model, rule.calibrate(model, batches[:1])):
+        runs = {"PP": lambda: _forward(model, batches[1])}
+        pruned = alternating(runs, 5)["PP"]
+    dense = alternating({"dense": lambda: _forward(model, batches[1])}, 5)["dense"]
+    return _ratio(f"{name}: Probe Pruning of 40 %, dense / pruned seconds", dense, pruned, ">= 1.3 x")
+
+
 class _Runs(LanguageTask):
     """Random tokens for a model: what time and memory depend on."""
 
@@ -166,8 +220,9 @@ class _Runs(LanguageTask):
         self.model, self.length = model, length
         self.tokenizer: Any = type("Tokens", (), {"vocabulary": vocabulary, "end": vocabulary - 1, "pad": vocabulary - 1})
 
-    def random(self, number: int, seed: int, device: str = "cpu") -> Batch:
-        tokens = torch.from_numpy(rng_for(seed, "bench").integers(0, self.tokenizer.vocabulary, (number, self.length + 1))).to(device)
+    def random(self, number: int, seed: int, device: str = "cpu", length: int | None = None) -> Batch:
+        shape = number, (length or self.length) + 1
+        tokens = torch.from_numpy(rng_for(seed, "bench").integers(0, self.tokenizer.vocabulary, shape)).to(device)
         return Batch(tokens[:, :-1], tokens[:, 1:])
 
 

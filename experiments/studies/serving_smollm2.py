@@ -129,7 +129,7 @@ def continued(model: nn.Module, texts: Batch) -> float:
     with torch.no_grad():
         for row in range(len(texts.inputs)):
             inputs, targets = texts.inputs[row : row + 1], texts.targets[row : row + 1]
-            cache = model(inputs[:, :CONTEXT], use_cache=True).past_key_values
+            cache = model(inputs[:, :CONTEXT], use_cache=True).cache
             logits: Tensor = model(inputs[:, CONTEXT:], cache=cache, use_cache=True).logits
             total += float(F.cross_entropy(logits.transpose(1, 2), targets[:, CONTEXT:]))
     return exp(total / len(texts.inputs))

@@ -178,7 +178,7 @@ def test_a_cache_filled_outside_is_refused():
     model, tokens = built("llama"), texts()[0]
     rule = ProbePruning(sparsity=0.4, multiple=1)
     with torch.no_grad():
-        cache = model(tokens, use_cache=True).past_key_values
+        cache = model(tokens, use_cache=True).cache
         with rule.applied(model, rule.calibrate(model, texts())), pytest.raises(ValueError, match="filled outside this session"):
             model(tokens[:, :1], cache=cache)
 
