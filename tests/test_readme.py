@@ -53,7 +53,7 @@ def test_the_language_example_runs(tmp_path):
     sparsity, parameters = pruned.split()
     assert 0.1 < float(sparsity) < 0.4
     assert int(parameters) < 450_000 / 4
-    assert re.match(r"Served\(dense=\d+, pruned=\d+, probe=\d+\) \d+ \(0\.\d+, 0\.\d+\)$", served)
+    assert re.match(r"FlopCount\(dense=\d+, pruned=\d+, probe=\d+\) \d+ \(0\.\d+, 0\.\d+\)$", served)
 
 
 def test_every_file_the_table_names_exists():

@@ -197,7 +197,9 @@ def bounded(name: str, model: nn.Module, tokens: torch.Tensor, budget: int, repe
     writing = alternating({"whole": decode(whole), "cut": decode(cut)}, 3 * repeats)
     shape = f"{tokens.shape[0]} x {tokens.shape[1]} tokens, budget {budget}"
     return [
-        _ratio(f"{name}: prefill of {shape}, bounded / whole", reading["cut"], reading["whole"], "<= 1.1 x" if name == "CPU" else "<= 1.03 x"),
+        _ratio(
+            f"{name}: prefill of {shape}, bounded / whole", reading["cut"], reading["whole"], "<= 1.1 x" if name == "CPU" else "<= 1.03 x"
+        ),
         _ratio(f"{name}: decoding after {shape}, whole / bounded", writing["whole"], writing["cut"], "> 1 x"),
         Claim(name=f"{name}: bytes held / arithmetic, {shape}", value=share, spread=0.0, bar="<= 1.05 x", seeds=1),
     ]

@@ -1,4 +1,4 @@
-"""Language models: tasks on text, structures, pruning that keeps reasoning, and models on disk.
+"""Language models: tasks on text, structures, pruning that keeps reasoning, compression while they run, and models on disk.
 
 Names are imported where first used: most need transformers, which takes seconds to load.
 """
@@ -16,7 +16,19 @@ _EXPORTS = {
     "fedsim.llm.kv_budget": ("budget_for", "kv_bytes_per_token"),
     "fedsim.llm.obcache": ("CacheSession", "OBCache"),
     "fedsim.llm.objectives": ("Checkpointed", "Choices", "Margin"),
-    "fedsim.llm.probe_pruning": ("ProbePruning",),
+    "fedsim.llm.probe_pruning": ("FlopCount", "ProbePruning", "ProbeSession"),
+    "fedsim.llm.probing": (
+        "FLAPImportance",
+        "FixedRatio",
+        "FullBatch",
+        "HistoryOnly",
+        "ImportanceScaled",
+        "PPImportance",
+        "ProbeOnly",
+        "RandomProbe",
+        "ResidualImportance",
+        "WandaImportance",
+    ),
     "fedsim.llm.reasoning": ("GSM8K", "MathQA", "Problems", "exact_match"),
     "fedsim.llm.reasoning_task": ("Reasoning",),
     "fedsim.llm.resp": ("RESP",),

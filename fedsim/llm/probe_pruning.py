@@ -35,15 +35,15 @@ SKIPPED = 3 / 32  # share of the first layers that stay whole, three of Llama's 
 
 
 @dataclass(frozen=True)
-class Served:
+class FlopCount:
     """FLOPs of what a session ran: as the ``dense`` model would have, as it was ``pruned``, and of the ``probe`` on top."""
 
     dense: int = 0
     pruned: int = 0
     probe: int = 0
 
-    def __add__(self, other: "Served") -> "Served":
-        return Served(self.dense + other.dense, self.pruned + other.pruned, self.probe + other.probe)
+    def __add__(self, other: "FlopCount") -> "FlopCount":
+        return FlopCount(self.dense + other.dense, self.pruned + other.pruned, self.probe + other.probe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class ProbeSession:
 
     def __init__(self, rule: ProbePruning, model: nn.Module, history: History):
         self.rule, self.model = rule, model
-        self.flops = Served()
+        self.flops = FlopCount()
         self.probes = self.batches = 0
         self.stability = float("nan")
         self.kept: dict[str, Tensor] = {}
@@ -225,7 +225,7 @@ class ProbeSession:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         size = self._real.numel()
         kept = {name: len(units) for name, units in self.kept.items()}
-        self.flops += Served(
+        self.flops += FlopCount(
             dense=self._cost(size, self._context, {}),
             pruned=self._cost(size, self._context, kept),
         )
@@ -290,7 +290,7 @@ class ProbeSession:
         self.probes += 1
         states = site.states(hidden[rows][:, columns], arguments, rows, columns)
         found, _ = mean_squares(states, self._real[rows][:, columns])
-        self.flops += Served(probe=_probe_flops(site, len(rows) * len(columns), len(columns)))
+        self.flops += FlopCount(probe=_probe_flops(site, len(rows) * len(columns), len(columns)))
         return rule.fusion.fuse(found, self._squares[site.name][columns]).sum(0)
 
     def _observer(self, site: Site, kept: Tensor) -> Any:
