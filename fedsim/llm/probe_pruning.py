@@ -136,6 +136,8 @@ class ProbePruning:
     def counts(self, sites: Sequence[Site], layers: int) -> dict[str, int]:
         """How many units of each site stay. Raises ``ValueError`` naming the layer where none would."""
         skip = range(max(1, round(layers * SKIPPED))) if self.skip is None else self.skip
+        if absent := [layer for layer in skip if not 0 <= layer < layers]:
+            raise ValueError(f"skip names layers {absent}, the model has 0..{layers - 1}")
         pruned = [site for site in sites if site.layer not in skip]
         if not self.sparsity or not pruned:
             return {}

@@ -380,6 +380,9 @@ def test_bad_input():
         FixedRatio(2.0)
     model = built("llama")
     history = ProbePruning(sparsity=0.4).calibrate(model, texts())
+    lost = ProbePruning(sparsity=0.4, skip=(0, 3))
+    with pytest.raises(ValueError, match=r"skip names layers \[3\], the model has 0..2"), lost.applied(model, history):
+        pass
     greedy = ProbePruning(sparsity=0.8)
     with pytest.raises(ValueError, match=r"with 1 of 3 layers whole leaves layer 1 -1 of 8 heads"), greedy.applied(model, history):
         pass
