@@ -45,13 +45,8 @@ SCORES: Mapping[str, TokenScore] = {
     "evict": Evict(),
 }
 OUTPUT_AWARE = ("value", "key", "joint", "evict")
-HOSTS: Mapping[str, Host] = {
-    "SnapKV": SnapKV(window=WINDOW, pool=1),
-    "AdaKV": AdaKV(window=WINDOW, pool=1),
-    "H2O": H2O(recent=WINDOW),
-    "TOVA": TOVA(),
-    "StreamingLLM": StreamingLLM(),
-}
+SNAPKV = SnapKV(window=WINDOW, pool=1)
+OTHERS: Mapping[str, Host] = {"AdaKV": AdaKV(window=WINDOW, pool=1), "H2O": H2O(recent=WINDOW), "TOVA": TOVA()}
 Recall = dict[str, dict[int, list[float]]]  # by score or host, budget and seed
 
 
@@ -67,14 +62,13 @@ def run(quick: bool, out: Path) -> list[Claim]:
     """Three seeds; hosts other than SnapKV only without ``quick``."""
     models = [trained(seed) for seed in SEEDS]
     exams = [exam(144, LENGTH, seed, "exam") for seed in SEEDS]
-    agnostic = {name: recalled(models, exams, score, HOSTS["SnapKV"], BUDGETS) for name, score in SCORES.items()}
-    show("recall, query-agnostic", agnostic)
+    agnostic = {name: recalled(models, exams, score, SNAPKV) for name, score in SCORES.items()}
+    agnostic["StreamingLLM"] = recalled(models, exams, Attention(), StreamingLLM())
+    show("SnapKV, query-agnostic", agnostic)
     aware = {name: aware_recall(models, exams, score) for name, score in SCORES.items()}
-    show("recall, query-aware", aware)
-    if not quick:
-        for name, host in HOSTS.items():
-            by_score = {score: recalled(models, exams, SCORES[score], host, BUDGETS) for score in ("random", "attention", *OUTPUT_AWARE)}
-            show(f"{name}, query-agnostic", by_score)
+    show("SnapKV, query-aware", aware)
+    for name, host in {} if quick else OTHERS.items():
+        show(f"{name}, query-agnostic", {score: recalled(models, exams, SCORES[score], host) for score in ("attention", *OUTPUT_AWARE)})
     draw(agnostic, out / "obcache_recall.png")
     return claims(agnostic, aware)
 
@@ -115,15 +109,13 @@ def trained(seed: int) -> nn.Module:
     return model.eval()
 
 
-def recalled(
-    models: Sequence[nn.Module], exams: Sequence[Exam], score: TokenScore, host: Host, budgets: Sequence[int]
-) -> dict[int, list[float]]:
+def recalled(models: Sequence[nn.Module], exams: Sequence[Exam], score: TokenScore, host: Host) -> dict[int, list[float]]:
     """Share of right answers by budget and seed; the text is cut down before the questions are known."""
     return {
         budget: [
             answered(m, e.texts, e, OBCache(score=score, host=host, budget=budget, sink=1)) for m, e in zip(models, exams, strict=True)
         ]
-        for budget in budgets
+        for budget in BUDGETS
     }
 
 
@@ -152,28 +144,25 @@ def show(title: str, recall: Recall) -> None:
 
 
 def claims(agnostic: Recall, aware: Recall) -> list[Claim]:
-    least = {name: min(a - b for a, b in zip(agnostic[name][24], agnostic["attention"][24], strict=True)) for name in (*OUTPUT_AWARE,)}
-    gain = np.subtract(agnostic["evict"][24], agnostic["attention"][24]).tolist()
-    spread = max(np.mean(found[AWARE]) for found in aware.values()) - min(
-        np.mean(aware[name][AWARE]) for name in ("attention", "value", "joint", "evict")
-    )
+    gains = {name: np.subtract(agnostic[name][24], agnostic["attention"][24]).tolist() for name in OUTPUT_AWARE}
+    note = "where the window is the questions the score hardly matters, but key, a first-order score, loses some"
     return [
         Claim(
-            name="query-agnostic, 24 tokens: recall by any output-aware score - by attention, least of scores and seeds",
-            value=min(least.values()),
+            name="query-agnostic, 24 tokens: recall by an output-aware score - by attention, least of scores and seeds",
+            value=min(map(min, gains.values())),
             spread=nan,
             bar=">= 0.05",
             seeds=len(SEEDS),
-            note=", ".join(f"{name} {value:.3f}" for name, value in least.items()),
+            note=", ".join(f"{name} {min(found):.3f}" for name, found in gains.items()),
         ),
-        Claim.measured("query-agnostic, 24 tokens: recall by evict - by attention", gain, bar=">= 0.05"),
+        Claim.measured("query-agnostic, 24 tokens: recall by evict - by attention", gains["evict"], bar=">= 0.05"),
         Claim(
-            name="query-aware, 20 tokens: best recall - worst of attention, value, joint and evict",
-            value=float(spread),
+            name="query-aware, 20 tokens: recall by attention, value, joint and evict, least of scores and seeds",
+            value=min(share for name in ("attention", "value", "joint", "evict") for share in aware[name][AWARE]),
             spread=nan,
-            bar="<= 0.02",
+            bar=">= 0.99",
             seeds=len(SEEDS),
-            note="where the window is the questions, the score hardly matters",
+            note=note,
         ),
     ]
 
@@ -182,7 +171,7 @@ def claims(agnostic: Recall, aware: Recall) -> list[Claim]:
 def draw(recall: Recall, path: Path) -> None:
     drawn = figure(WIDE, 3.6)
     axes = drawn.subplots()
-    for (name, found), colour, marker in zip(recall.items(), SERIES, MARKERS, strict=False):
+    for (name, found), colour, marker in zip(recall.items(), (*SERIES, "black"), (*MARKERS, "."), strict=True):
         axes.plot(BUDGETS, [np.mean(found[b]) for b in BUDGETS], label=name, color=colour, marker=marker, markersize=4)
     axes.set(
         title="Recall from a cache cut down before the questions", xlabel=f"tokens kept of {LENGTH}", ylabel="right answers", ylim=(0, 1)

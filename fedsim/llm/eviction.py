@@ -41,6 +41,8 @@ class H2O:
     """Scores add up over all passes and queries, or over the last ``window`` of each (arXiv:2306.14048).
 
     Terms of past queries stay as they were against the cache of their time; after an eviction they are an estimate.
+    The first queries of a text see few tokens, any of which moves their output much: sums over all queries favour the first tokens, and
+    ``Evict`` then recalls less than ``Key`` and ``Joint`` (``experiments.studies.obcache_recall``); a ``window`` that leaves them out mends it.
     """
 
     recent: int = 32
