@@ -140,10 +140,7 @@ def _keep(cache: Any, going: Tensor) -> None:
     """Only the rows that go on stay in the cache."""
     rows = torch.nonzero(going)[:, 0]
     for layer in cache.layers:
-        if layer.get_seq_length():
-            layer.batch_select_indices(rows)
-        else:  # a layer without heads, which transformers takes for one without tokens
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        layer.batch_select_indices(rows)
 
 
 @contextmanager

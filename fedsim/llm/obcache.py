@@ -22,6 +22,7 @@ from fedsim.llm.attention import Function, heads_read, observed
 from fedsim.llm.evicted_cache import EvictedLayer, RaggedLayer
 from fedsim.llm.eviction import Host, SnapKV, largest, ranked, shared_largest
 from fedsim.llm.families import family_of
+from fedsim.llm.pruned_model import VacantLayer
 from fedsim.llm.token_scores import QUERIES_AT_ONCE, Evict, TokenScore, eviction_error, token_scores
 
 
@@ -249,7 +250,7 @@ def _layer(module: nn.Module, cache: Cache | None) -> DynamicLayer | None:
     if cache is None or number >= len(cache.layers) or getattr(cache.layers[number], "is_sliding", False):
         return None
     layer = cache.layers[number]
-    if type(layer) not in (DynamicLayer, EvictedLayer, RaggedLayer):
+    if type(layer) not in (DynamicLayer, VacantLayer, EvictedLayer, RaggedLayer):
         raise ValueError(f"tokens can be evicted from a DynamicCache, not from a layer of kind {type(layer).__name__}")
     return layer  # type: ignore[return-value]
 

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 
@@ -125,6 +126,20 @@ class _Vacant(nn.Module):
         return bias.expand_as(hidden) if isinstance(bias, Tensor) else torch.zeros_like(hidden)
 
 
+class VacantLayer(DynamicLayer):
+    """Cache of a layer without heads. It says how many tokens it holds; transformers takes it for empty, and positions from the first layer."""
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()  # type: ignore[no-untyped-call]
+        assert layer.keys is not None
+        assert layer.values is not None
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values
+
+    def get_seq_length(self) -> int:
+        return int(self.keys.shape[-2]) if self.keys is not None and self.keys.ndim == 4 else 0
+
+
 class VacantAttention(_Vacant):
     """No heads: each token leaves keys and values of no head in the cache, so that its length stays right."""
 
@@ -138,6 +153,8 @@ class VacantAttention(_Vacant):
         if hasattr(cache, "update"):
             nothing = hidden_states.new_empty(len(hidden_states), 0, hidden_states.shape[1], self.head_dim)
             cache.update(nothing, nothing, self.layer_idx)
+            if type(cache.layers[self.layer_idx]) is DynamicLayer:
+                cache.layers[self.layer_idx] = VacantLayer(cache.layers[self.layer_idx])
         return self._constant(hidden_states), None
 
 

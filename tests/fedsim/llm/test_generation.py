@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 
 from fedsim.llm.generation import generate
 from fedsim.llm.structures import language_structures
-from fedsim.pruning import Random
+from fedsim.pruning import Random, Submodel
 from tests.fedsim.llm.models import FAMILIES, TOKENS, VOCABULARY, built, tokens
 
 END = 7
@@ -71,6 +71,20 @@ def test_a_trace_does_not_depend_on_what_shares_its_batch():
     assert any(t.finished for t in whole) or max(len(t.tokens) for t in whole) == 12
     again = generate(model, texts, end=END, max_new_tokens=12, seed=5, index=1)
     assert any(len(a.tokens) != len(b.tokens) or (a.tokens != b.tokens).any() for a, b in zip(whole, again, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_a_first_layer_without_heads_knows_how_many_tokens_went_by(name):
+    model = built(name, torch.float64)
+    smap = language_structures(model, TOKENS)
+    kept = np.ones(len(smap), np.bool_)
+    kept[smap.starts[0] : smap.starts[1]] = False
+    small = Submodel(kept, smap.fingerprint).sliced(model, smap)
+    for prompt, trace in zip(prompts(), generate(small, prompts(), end=END, max_new_tokens=6, temperature=0), strict=True):
+        text = torch.from_numpy(prompt)[None]
+        for token in trace.tokens.tolist():  # without a cache
+            assert int(small(text).logits[0, -1].argmax()) == token
+            text = torch.cat([text, torch.tensor([[token]])], 1)
 
 
 def test_a_prompt_keeps_its_coins_among_fewer_prompts_where_it_keeps_its_id():
