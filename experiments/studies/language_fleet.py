@@ -65,8 +65,8 @@ def run(quick: bool, out: Path) -> list[Claim]:
     seeds = range(2 if quick else 5)
     with given_or_ray(None) as workers, tempfile.TemporaryDirectory() as scratch:
         found = compare(partial(world, out=out), policies=POLICIES, seeds=seeds, out=Path(scratch), executor=workers)
-    print(f"language clients, {len(seeds)} seeds\n{found.table()}\n\n{found.differences()}\n", flush=True)
-    found.report(out / "language_fleet.html")
+        print(f"language clients, {len(seeds)} seeds\n{found.table()}\n\n{found.differences()}\n", flush=True)
+        found.report(out / "language_fleet.html")
     return [recovered(found, name) for name in ("alarm", "alarm, regrow")]
 
 
