@@ -180,8 +180,10 @@ class FLAPImportance:
 def mean_squares(states: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squares (L, C) of ``states`` (B, L, C) over the samples that are ``real`` (B, L) there, 0 where none is; and how many (L,)."""
     weight = real.to(torch.float32)
-    number = weight.sum(0)
-    summed = (states.float().square() * weight[:, :, None]).sum(0)
+    number, summed = weight.sum(0), states.new_zeros(states.shape[1:], dtype=torch.float32)
+    for sample, counts in zip(states, weight, strict=True):  # what one sample needs stays in the cache; squares of all would not
+        own = sample.float()
+        summed.addcmul_(own, own * counts[:, None])
     return summed / number.clamp(min=1)[:, None], number
 
 
