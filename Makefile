@@ -17,7 +17,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -q
 
 fast: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

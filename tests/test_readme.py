@@ -38,6 +38,7 @@ def test_the_detector_example_runs(tmp_path):
     assert "Promise(arl=1000" in run_python(["detect.py"], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_task_example_is_short_and_runs_from_the_command_line(tmp_path):
     definition = BLOCKS[3][BLOCKS[3].index("@dataclass") : BLOCKS[3].index("def simulation")]
     assert len(definition.strip().splitlines()) < 40
@@ -47,6 +48,7 @@ def test_the_task_example_is_short_and_runs_from_the_command_line(tmp_path):
     assert "complete" in run_python(["-m", "fedsim", "list", "runs"], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_language_example_runs(tmp_path):
     (tmp_path / "language.py").write_text(next(block for block in BLOCKS if "save_pruned" in block))
     pruned, served = run_python(["language.py"], tmp_path).strip().splitlines()

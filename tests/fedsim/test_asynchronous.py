@@ -218,6 +218,7 @@ def test_as_many_train_as_shall_once_those_missing_are_there():
     assert len(set(state.server.clients.tolist())) == 5
 
 
+@pytest.mark.slow
 def test_a_server_that_finds_nobody_asks_again_later_and_draws_anew():
     columns = columns_of()
     rare = Fleet.from_table({**columns, "availability": np.full(NUM, 0.002)}, partition=OneEach())
@@ -250,6 +251,7 @@ def in_flight_by_chance(seconds, concurrency, chance, updates):
     return np.mean(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chance", "tolerance"), [(0.03, 0.4), (0.1, 0.15), (0.5, 0.05)])
 def test_as_many_train_as_chance_lets(chance, tolerance):
     """The rarer they are, the more 600 updates vary: .03 gave .40 to .69 over five seeds, .57 on average."""

@@ -66,6 +66,7 @@ def test_one_process_with_units_gives_the_bits_of_one_without():
         assert trajectory_on_workers(once, TASK, model, batches, executor) == once.trajectory(model, smap, TASK.losses, batches)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_number_of_workers_changes_no_bit():
     model, batches = prepared()

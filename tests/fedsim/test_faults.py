@@ -99,6 +99,7 @@ class Died(BaseException):
     """Stands for SIGKILL between two commits: nothing may catch it."""
 
 
+@pytest.mark.slow
 def test_a_driver_that_dies_at_any_commit_resumes_to_the_same_tables(reference, tmp_path, monkeypatch):
     write, save, limit = RunStore.write_part, RunStore.save_checkpoint, [0]
 

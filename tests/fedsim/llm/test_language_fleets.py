@@ -131,6 +131,7 @@ def test_weak_devices_train_narrow_language_models():
     assert found[-1] < found[0]
 
 
+@pytest.mark.slow
 def test_language_clients_train_deploy_recover_serve_drift_and_are_repruned(tmp_path):
     simulation = world(
         3,
@@ -149,6 +150,7 @@ def test_language_clients_train_deploy_recover_serve_drift_and_are_repruned(tmp_
     assert any("recovery of level" in note for note in run.rounds().column("note").to_pylist())
 
 
+@pytest.mark.slow
 def test_a_switch_of_domains_serves_text_of_the_other_domain():
     coins = tuple("".join("cd"[c] for c in row) for row in np.random.default_rng(0).integers(2, size=(8, 60)))
     lm = task(texts={"sure": Documents(("a" * 60,) * 8), "chance": Documents(coins)}, tokenizer=Characters("abcd"), length=10)

@@ -22,7 +22,7 @@ from fedsim.runtime import Needs, RayExecutor, SerialExecutor
 from fedsim.strategies import FedAvg
 from fedsim.tasks import Digits
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", autouse=True)
