@@ -77,9 +77,13 @@ def test_import_fedsim_costs_at_most_torch_and_three_tenths_of_a_second():
     assert min(float(run_python(code)) for _ in range(3)) < 0.3
 
 
-def test_the_first_simulation_loads_the_engine_in_under_a_second():
-    code = "import time, torch, fedsim as fs; start = time.process_time(); fs.Simulation; print(time.process_time() - start)"
-    assert min(float(run_python(code)) for _ in range(3)) < 1.0
+def test_the_first_simulation_loads_the_engine_in_seven_tenths_of_the_time_of_torch():
+    code = (
+        "import time; start = time.process_time(); import torch; theirs = time.process_time() - start\n"
+        "import fedsim as fs; start = time.process_time(); fs.Simulation; print((time.process_time() - start) / theirs)"
+    )
+    assert min(float(run_python(code)) for _ in range(3)) < 0.7  # a share: seconds differ by half from hour to hour
+
 
 
 def test_help_answers_in_half_a_second_without_torch():
