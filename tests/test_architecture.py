@@ -85,7 +85,6 @@ def test_the_first_simulation_loads_the_engine_in_seven_tenths_of_the_time_of_to
     assert min(float(run_python(code)) for _ in range(3)) < 0.7  # a share: seconds differ by half from hour to hour
 
 
-
 def test_help_answers_in_half_a_second_without_torch():
     code = """
 import sys, time
