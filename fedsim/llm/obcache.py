@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from fedsim.errors import FedsimError
 from fedsim.llm.attention import Function, heads_read, observed
 from fedsim.llm.evicted_cache import EvictedLayer, RaggedLayer
 from fedsim.llm.eviction import Host, SnapKV, largest, ranked, shared_largest
@@ -67,7 +68,7 @@ class OBCache:
 
         A cache can be used on after the block, where it only grows; one of ``AdaKV`` needs a session. Raises ``ValueError`` for an
         unsupported architecture or attention, and at the pass for padding other than at the left or a cache that is static or
-        quantised, ``RuntimeError`` where the model has a session already. Layers with a sliding window are left alone.
+        quantised, ``RuntimeError`` where the model has a session already, ``FedsimError`` for keys or values that are not finite. Layers with a sliding window are left alone.
         """
         family = family_of(model)
         attentions = [layer.get_submodule(family.attention) for layer in model.get_submodule(family.layers).children()]
@@ -190,7 +191,7 @@ class CacheSession:
 
     def _cut(self, layer: DynamicLayer, number: int, window: "_Window", scores: Tensor, budget: int) -> EvictedLayer:
         if not bool(scores.isfinite().all()):
-            raise FloatingPointError(f"keys or values of layer {number} are not finite; no token can be told from another")
+            raise FedsimError(f"keys or values of layer {number} are not finite; no token can be told from another")
         host, sink = self.method.host, self.method.sink
         if isinstance(layer, RaggedLayer):
             worth = ranked(layer.on_tokens(scores, 0.0), host, sink, layer.first[:, 0, 0])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ class ProbePruning:
 
         Raises ``ValueError`` for a history of another model, a layer that would lose all its units, or attention that is
         neither sdpa nor eager; ``RuntimeError`` when the model is in such a session already. Inside, ``ValueError`` for batches longer than the
-        history and ``FedsimError`` for states that are not finite.
+        history and for a cache that the latest prefill did not fill, ``FedsimError`` for states that are not finite.
         """
         if model in _IN_SESSION:
             raise RuntimeError("this model is in a session of Probe Pruning already; one at a time")
@@ -181,6 +181,7 @@ class ProbeSession:
         self._similar: list[float] = []
         self._real = torch.ones((0, 0), dtype=torch.bool)
         self._decoding, self._context = False, 0
+        self._cache: ref[Any] | None = None
 
     @property
     def history(self) -> History:
@@ -215,16 +216,21 @@ class ProbeSession:
         held = 0 if cache is None else int(cache.get_seq_length())
         self._decoding, self._context = held > 0, held + tokens.shape[1]
         self._real = _real(tokens, kwargs.get("attention_mask") if not held else None, self.rule.pad)
-        if self._decoding and self._sites and not self.kept:
-            raise ValueError("the cache was filled outside this session, with heads this session may not keep; prefill inside it")
+        if self._decoding and self._sites and (self._cache is None or self._cache() is not cache):
+            raise ValueError(
+                "the cache was not filled by this session's latest prefill, so it holds other heads than run now; prefill again"
+            )
         longest = self._calibrated.length
         if not held and self._sites and tokens.shape[1] > longest:
             raise ValueError(f"a batch has {tokens.shape[1]} tokens, the history knows positions up to {longest}; calibrate on longer ones")
         if not held:
             self.batches += 1
             self._similar = []
+            self._cache = None if cache is None else ref(cache)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._cache is None and getattr(output, "cache", None) is not None:
+            self._cache = ref(output.cache)
         size = self._real.numel()
         kept = {name: len(units) for name, units in self.kept.items()}
         self.flops += FlopCount(

@@ -6,6 +6,7 @@ weights. Parameters are never touched; :meth:`Site.restore` leaves nothing behin
 
 # B samples, L tokens, H query heads, G key-value heads, d features of a head, C input channels of the output projection, D hidden size
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 CACHES = ("cache", "past_key_values", "layer_past")
 
 
-class Site:
+class Site(ABC):
     """One of the two, named by its output projection.
 
     ``units`` of ``width`` channels each may stay out. ``norm`` is the module whose output enters the site; the residual stream is its input,
@@ -41,13 +42,13 @@ class Site:
         """Weights (C, D) that read each channel."""
         return _inputs_first(self.output)
 
+    @abstractmethod
     def states(self, hidden: Tensor, arguments: Mapping[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
         """What the output projection would read (n, m, C) if only ``hidden`` (n, m, D), normed, ran, cut from the batch at ``rows``, ``columns``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keep(self, units: Tensor, seen: Callable[[Tensor], None] | None, bias: Tensor | None) -> None:
         """From now on run with ``units`` (k,), ascending; ``seen`` gets what the output projection reads, ``bias`` (D,) is added to its own."""
-        raise NotImplementedError
 
     def mask(self, units: Tensor, seen: Callable[[Tensor], None] | None, bias: Tensor | None) -> None:
         """As :meth:`keep` by zeroing what leaves: the reference, which saves nothing."""
@@ -69,9 +70,9 @@ class Site:
                 setattr(module, attribute, before)
         self._set.clear()
 
+    @abstractmethod
     def projected(self) -> int:
         """Scalars of the projections that shrink with the units, per unit."""
-        raise NotImplementedError
 
     def shared(self) -> int:
         """Scalars of the projections that run whatever units stay."""

@@ -1,11 +1,13 @@
 """Probe Pruning and a bounded cache on one model: what they do together is what they do to the model that was cut."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from fedsim.llm.eviction import AdaKV, SnapKV, StreamingLLM
-from fedsim.llm.obcache import OBCache
+from fedsim.llm.obcache import CacheSession, OBCache
 from fedsim.llm.probe_pruning import ProbePruning
 from fedsim.llm.probing import HistoryOnly
 from fedsim.llm.sites import sites_of
@@ -68,13 +70,35 @@ def test_query_heads_that_run_read_a_bounded_cache_of_their_own_head(name):
     assert torch.equal(*found)
 
 
-def test_scores_of_a_group_are_those_of_the_query_heads_that_run():
+def test_a_token_is_worth_what_the_query_heads_that_run_lose_by_it(monkeypatch):
+    """Evicted for itself, each token moves the outputs of the heads that read it by what its score says, no other head's counted."""
     model, tokens = built("llama", torch.float64), texts()  # two query heads read each key-value head
+    seen = []
+    scored = CacheSession._scores
+    monkeypatch.setattr(
+        CacheSession, "_scores", lambda self, layer, window: seen.append((layer.keys, layer.values, window)) or scored(self, layer, window)
+    )
     rule = ProbePruning(sparsity=0.4, multiple=1)
-    with rule.applied(model, rule.calibrate(model, [texts(2)])) as probe, OBCache(host=SnapKV(window=4), budget=12).applied(model) as cache:
-        assert written(model, tokens).shape == (BATCH, LONG + 6)
-        assert probe.probes > 0
-        assert all(0 < error < 1.5 for error in cache.output_error)
+    with rule.applied(model, rule.calibrate(model, [texts(2)])), OBCache(host=SnapKV(window=4), budget=12).applied(model) as cache:
+        with torch.no_grad():
+            model(tokens, use_cache=True)
+        steered = [found for found in seen if found[2].heads is not None]
+        assert len(steered) == 2  # the first layer is spared
+        keys, values, window = steered[0]
+        scores = scored(cache, SimpleNamespace(keys=keys, values=values), window)
+    queries, heads = window.queries[:, :, -4:], window.heads.tolist()
+    assert len(heads) < 8
+    brute = torch.zeros_like(scores)
+    for number, head in enumerate(heads):
+        logits = window.scale * queries[:, number] @ keys[:, head].mT
+        logits = logits.masked_fill(torch.arange(LONG) > torch.arange(LONG - 4, LONG)[:, None], -torch.inf)
+        whole = logits.softmax(-1) @ values[:, head]
+        for t in range(LONG):
+            without = logits.clone()
+            without[..., t] = -torch.inf
+            brute[:, head, t] += (without.softmax(-1) @ values[:, head] - whole).square().sum((1, 2))
+    torch.testing.assert_close(scores, brute, rtol=1e-8, atol=1e-14)
+    assert not any(heads.count(g) for g in range(4) if bool((brute[:, g] == 0).all()))
 
 
 def test_heads_that_share_a_budget_need_whole_groups():

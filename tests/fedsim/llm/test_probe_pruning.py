@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedsim.errors import FedsimError
 from fedsim.llm.generation import generate
 from fedsim.llm.history import History
 from fedsim.llm.probe_pruning import ProbePruning
@@ -179,8 +180,24 @@ def test_a_cache_filled_outside_is_refused():
     rule = ProbePruning(sparsity=0.4, multiple=1)
     with torch.no_grad():
         cache = model(tokens, use_cache=True).cache
-        with rule.applied(model, rule.calibrate(model, texts())), pytest.raises(ValueError, match="filled outside this session"):
+        with (
+            rule.applied(model, rule.calibrate(model, texts())),
+            pytest.raises(ValueError, match="not filled by this session's latest prefill"),
+        ):
             model(tokens[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, no groups, biases, tied"])
+def test_a_cache_of_an_earlier_batch_is_not_read_with_the_heads_of_a_later_one(name):
+    model, batches = built(name), texts(2)
+    rule = ProbePruning(sparsity=0.4, multiple=1)
+    with torch.no_grad(), rule.applied(model, rule.calibrate(model, texts())):
+        earlier = model(batches[0], use_cache=True).cache
+        model(batches[0][:, :1], cache=earlier, use_cache=True)
+        later = model(batches[1], use_cache=True).cache
+        with pytest.raises(ValueError, match="not filled by this session's latest prefill"):
+            model(batches[0][:, :1], cache=earlier, use_cache=True)
+        model(batches[1][:, :1], cache=later, use_cache=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -393,7 +410,7 @@ def test_bad_input():
         logits(model, texts(length=13)[0])
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
-    with ProbePruning(sparsity=0.4).applied(model, history), pytest.raises(Exception, match=r"states of layer 1 .* are not finite"):
+    with ProbePruning(sparsity=0.4).applied(model, history), pytest.raises(FedsimError, match=r"states of layer 1 .* are not finite"):
         logits(model, texts()[0])
 
 
